@@ -1,0 +1,58 @@
+"""The command line: `intervale COMMAND`. One file a command; each imports what is heavy inside its function.
+
+Exit codes: 0 done, 1 the user's input is wrong, 2 usage, 3 an outside part failed, 130/143 stopped by Ctrl-C/SIGTERM.
+`intervale --help` imports neither torch nor transformers (a test holds it to that).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from intervale import __version__
+from intervale.cli import prepare
+from intervale.cli.check import check
+from intervale.cli.output import note
+from intervale.core.errors import UserError
+from intervale.core.lang import say, set_language
+
+app = typer.Typer(
+    name="intervale",
+    help="From your pictures and questions to a tuned, proven, served InternVL model.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(prepare.app, name="prepare")
+app.command()(check)
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        print(f"intervale {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    lang: Annotated[str, typer.Option(help="Language of the messages: en or zh (default: INTERVALE_LANG, else the locale).")] = "",
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    if lang and lang not in ("en", "zh"):
+        raise typer.BadParameter("use en or zh", param_hint="--lang")
+    set_language(lang or None)
+
+
+def main() -> None:
+    """Run one command; a UserError becomes two lines on stderr and its exit code, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        note(f"{say('error', '错误')}: {error.what}\n  {say('fix', '办法')}: {error.fix}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        note(say("stopped", "已停止"))
+        sys.exit(130)
