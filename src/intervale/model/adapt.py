@@ -1,0 +1,174 @@
+"""What training changes: LoRA layers and trained tensors, in a network and in a checkpoint folder.
+
+A checkpoint folder holds `adapter_config.json` + `adapter_model.safetensors` (PEFT's own format, when LoRA was used),
+`trained.safetensors` (other tensors that were trained, under native names) and `base.json` (the model it stands on).
+Merging happens in float32. LoRA never reaches a part it was not asked for: name lists such as ["q_proj"] would also hit the
+vision tower, so whole paths are matched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import InternVLForConditionalGeneration
+
+from intervale.core.errors import UserError, nearest
+from intervale.core.files import read_json, write_json
+from intervale.model.checkpoint import read_header
+from intervale.model.families import BACKBONES, native_backbone
+from intervale.model.source import fingerprint
+
+TRAINED, BASE, ADAPTER = "trained.safetensors", "base.json", "adapter_model.safetensors"
+CHECKPOINTS = "checkpoints"
+PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.", "llm": ("model.language_model.", "lm_head.")}
+LORA_TARGETS = ("llm", "head", "vision")
+_VISION_LINEARS = r"attention\.(q_proj|k_proj|v_proj|projection_layer)|mlp\.(fc1|fc2)"
+
+
+def lora_pattern(targets: str, model_type: str) -> str:
+    """The regular expression of the layers that `targets` ('llm', 'llm+head', 'llm+vision' ...) names.
+
+    `model_type` is the text model's. Raises: UserError for an unknown target.
+    """
+    linears = BACKBONES[native_backbone({"text_config": {"model_type": model_type}}, "config.json")].linears
+    known = {
+        "llm": r".*language_model\.layers\.\d+\.(" + "|".join(re.escape(name) for name in linears) + ")",
+        "head": "lm_head",
+        "vision": r".*vision_tower\.encoder\.layer\.\d+\.(" + _VISION_LINEARS + ")",
+    }
+    patterns = []
+    for target in targets.split("+"):
+        if target not in known:
+            raise UserError(f"lora.targets: {target!r} is unknown{nearest(target, known)}", "join any of llm, head, vision with '+'")
+        patterns.append(known[target])
+    return "|".join(patterns)
+
+
+def attach_lora(network: InternVLForConditionalGeneration, rank: int, alpha: float, dropout: float, targets: str) -> None:
+    """Add trainable LoRA layers to the network in place (float32, B = 0: the first output is the base's)."""
+    pattern = lora_pattern(targets, network.config.text_config.model_type)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    get_peft_model(network, config, autocast_adapter_dtype=True)
+    for layer in _lora_layers(network):
+        for parts in (layer[1].lora_A, layer[1].lora_B):
+            parts.float()
+
+
+def _lora_layers(network: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in network.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def has_lora(network: torch.nn.Module) -> bool:
+    """Does the network carry LoRA layers?"""
+    return next(_lora_layers(network), None) is not None
+
+
+def trained_tensors(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Trainable parameters that are not LoRA's, by native name."""
+    return {name: p for name, p in network.named_parameters() if p.requires_grad and ".lora_" not in name}
+
+
+def merged_tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """{native name: W + scale * B A} of every LoRA layer, in float32 on the CPU.
+
+    Raises: UserError when every B is zero: such an adapter changes nothing, and exporting it would be a silent no-op.
+    """
+    merged: dict[str, torch.Tensor] = {}
+    changed = False
+    for name, layer in _lora_layers(network):
+        delta = torch.zeros(0)
+        for adapter in layer.active_adapters:
+            first, second = layer.lora_A[adapter].weight.detach().float(), layer.lora_B[adapter].weight.detach().float()
+            changed |= bool(second.any())
+            delta = layer.scaling[adapter] * (second @ first)
+        merged[f"{name}.weight"] = (layer.base_layer.weight.detach().float() + delta).cpu()
+    if merged and not changed:
+        raise UserError("the adapter changes nothing: every LoRA B is zero", "train it first; export refuses a silent no-op")
+    return merged
+
+
+def save_trained(folder: Path, network: torch.nn.Module, base: dict[str, str]) -> None:
+    """Write what training changed, and `base` (name, folder, fingerprint), into an existing folder (a staged one)."""
+    if has_lora(network):
+        config = network.peft_config["default"]  # type: ignore[index,operator]
+        config.base_model_name_or_path = base["folder"]
+        state = get_peft_model_state_dict(network, save_embedding_layers=False)
+        # PEFT's loaders expect the wrapper's prefix, which the bare network does not have.
+        state = {name if name.startswith("base_model.") else f"base_model.model.{name}": t.contiguous() for name, t in state.items()}
+        save_file(state, folder / ADAPTER, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+    own = {name: tensor.detach().contiguous() for name, tensor in trained_tensors(network).items()}
+    if own:
+        save_file(own, folder / TRAINED, metadata={"format": "pt"})
+    write_json(folder / BASE, base)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint with the highest step of a run folder, or None."""
+    found = sorted((run / CHECKPOINTS).glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return found[-1] if found else None
+
+
+def checkpoint_of(folder: Path) -> Path | None:
+    """The checkpoint folder that `folder` is or (a run) holds; None for a plain model.
+
+    Raises: UserError for a run without a checkpoint.
+    """
+    if (folder / BASE).is_file():
+        return folder
+    if (folder / "run.json").is_file():
+        newest = newest_checkpoint(folder)
+        if newest is None:
+            raise UserError(f"{folder}: the run has no checkpoint yet", "let it train until its first save (train.save_steps)")
+        return newest
+    return None
+
+
+def base_folder(folder: Path) -> Path:
+    """The model folder under a run or checkpoint; a plain model is its own.
+
+    Raises: UserError when the base has moved or changed since.
+    """
+    checkpoint = checkpoint_of(folder)
+    if checkpoint is None:
+        return folder
+    base = read_json(checkpoint / BASE)
+    path = Path(base["folder"])
+    if not path.is_dir():
+        raise UserError(f"{checkpoint}: its base model {path} is not there any more", "put it back, or write its new place into base.json")
+    if fingerprint(path) != base["fingerprint"]:
+        raise UserError(f"{checkpoint}: its base model {path} has changed since training", "put the original model back")
+    return path
+
+
+def adapted_network(network: InternVLForConditionalGeneration, folder: Path, *, trainable: bool = False) -> InternVLForConditionalGeneration:
+    """The base network with a checkpoint's adapter and tensors applied, in place."""
+    checkpoint = checkpoint_of(folder)
+    assert checkpoint is not None
+    if (checkpoint / TRAINED).is_file():
+        load_trained(network, checkpoint / TRAINED)
+    if (checkpoint / ADAPTER).is_file():
+        read_header(checkpoint / ADAPTER)
+        PeftModel.from_pretrained(network, str(checkpoint), is_trainable=trainable)
+    return network if trainable else network.requires_grad_(False).eval()  # type: ignore[no-any-return]
+
+
+def load_trained(network: torch.nn.Module, path: Path) -> None:
+    """Copy stored tensors over the network's own of the same names. Raises: UserError for one it lacks or another shape."""
+    read_header(path)
+    parameters = dict(network.named_parameters())
+    for name, tensor in load_file(path).items():
+        own = parameters.get(name)
+        if own is None or own.shape != tensor.shape:
+            raise UserError(f"{path}: {name} does not fit the network", "this checkpoint belongs to another base model")
+        with torch.no_grad():
+            own.copy_(tensor)

@@ -1,0 +1,54 @@
+"""The network's own steps: pixels to features, ids and features to hidden states, hidden states to losses.
+
+Logits are computed only where a label is. Legend: B samples, S positions, P tiles, N targets, H/W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+from transformers import InternVLForConditionalGeneration
+
+from intervale.data.tiling import IMAGENET_MEAN, IMAGENET_STD
+
+
+def normalise(tiles_PHWC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 tiles to `pixels_PCHW`: scaled to 0..1, then ImageNet's mean and deviation, in float32 as the official code."""
+    mean = torch.tensor(IMAGENET_MEAN, device=tiles_PHWC.device)
+    deviation = torch.tensor(IMAGENET_STD, device=tiles_PHWC.device)
+    return ((tiles_PHWC.float() / 255 - mean) / deviation).permute(0, 3, 1, 2).contiguous().to(dtype)
+
+
+def picture_features(network: InternVLForConditionalGeneration, pixels_PCHW: torch.Tensor) -> torch.Tensor:
+    """(tiles, tokens a tile, width of the language model): tower and projector."""
+    return network.model.get_image_features(pixel_values=pixels_PCHW).pooler_output
+
+
+def embed(network: InternVLForConditionalGeneration, ids_BS: torch.Tensor, features: torch.Tensor | None, image_token_id: int) -> torch.Tensor:
+    """Token embeddings with the pictures' features in place of `<IMG_CONTEXT>`.
+
+    The counts must agree: a silent mismatch is how other trainers lose pictures.
+    """
+    embedded = network.get_input_embeddings()(ids_BS)
+    places = ids_BS == image_token_id
+    count = int(places.sum())
+    have = 0 if features is None else features.shape[0] * features.shape[1]
+    assert count == have, f"{count} picture tokens but {have} features"
+    if features is None:
+        return embedded
+    return embedded.masked_scatter(places.unsqueeze(-1), features.to(embedded.dtype))
+
+
+def target_losses(
+    network: InternVLForConditionalGeneration, embedded_BSD: torch.Tensor, mask_BS: torch.Tensor | None, targets_BS: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss of every target, is it the most likely token), both of length N, row by row.
+
+    `targets_BS` holds at each position the id that is to follow, or -1; no logits are computed at the -1.
+    """
+    hidden_BSD = network.model.language_model(inputs_embeds=embedded_BSD, attention_mask=mask_BS, use_cache=False).last_hidden_state
+    wanted = targets_BS >= 0
+    logits_NV = network.lm_head(hidden_BSD[wanted]).float()
+    targets_N = targets_BS[wanted]
+    losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
+    return losses_N, logits_NV.argmax(-1) == targets_N

@@ -1,0 +1,154 @@
+"""The files beside the weights: what transformers, LMDeploy and vLLM need of an hf folder, and an official folder's own.
+
+An hf folder made from an official one keeps the official side files (config.json, tokenizer, code: as data, never run) in
+`official_source/`, so that the way back gives the same folder again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intervale.core.files import read_json
+from intervale.data.prompt import has_bos, jinja, stop_ids, template_named
+from intervale.data.tiling import IMAGENET_MEAN, IMAGENET_STD
+from intervale.model import families
+from intervale.model.source import OFFICIAL_SIDE, Source
+from intervale.model.tokenizer import Tokenizer, load_tokenizer, with_bos
+
+LAYOUT = "layout.json"
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".index.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+_DOCUMENTS = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt")
+_BICUBIC = 3  # PIL's number, as transformers stores it
+
+
+def _copy_files(src: Path, dst: Path, *, leave: tuple[str, ...] = ()) -> None:
+    """Copy the plain files of a folder's top level that are not weights (links of a hub cache are followed)."""
+    for path in sorted(src.iterdir()):
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in leave and not path.name.startswith("."):
+            shutil.copyfile(path, dst / path.name)
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def _main_dtype(source: Source, dtype: torch.dtype | None) -> str:
+    sizes: dict[torch.dtype, int] = {}
+    for info in source.checkpoint.tensors.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    return str(dtype or max(sizes, key=lambda kind: sizes[kind])).removeprefix("torch.")
+
+
+def write_hf_side(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
+    """Config, generation, processor, tokenizer and chat template of an hf folder."""
+    if source.kind == "hf":
+        _copy_files(source.folder, folder)
+        if (source.folder / OFFICIAL_SIDE).is_dir():
+            shutil.copytree(source.folder / OFFICIAL_SIDE, folder / OFFICIAL_SIDE)
+        _set_dtype(folder / "config.json", dtype, "dtype")
+        return
+    config = source.config.to_dict()
+    config["dtype"] = _main_dtype(source, dtype)
+    _write(folder / "config.json", config)
+    _write(folder / "preprocessor_config.json", preprocessor(config))
+    _write(folder / "processor_config.json", {"processor_class": "InternVLProcessor", "image_seq_length": config["image_seq_length"]})
+    kept = folder / OFFICIAL_SIDE
+    kept.mkdir()
+    _copy_files(source.folder, kept)
+    _write(kept / LAYOUT, {"shards": {name: info.file for name, info in sorted(source.checkpoint.tensors.items())}})
+    for name in _DOCUMENTS:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    tokenizer = load_tokenizer(source.folder)
+    if tokenizer is None:
+        text = source.config.text_config
+        _write(folder / "generation_config.json", {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id})
+        return
+    _write_tokenizer(source, tokenizer, folder)
+
+
+def preprocessor(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers' GotOcr2 image processor, set to the official pixels (its own defaults are not InternVL's)."""
+    edge = config["force_image_size"]
+    dynamic = config["dynamic_image_size"]
+    return {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "processor_class": "InternVLProcessor",
+        "crop_to_patches": dynamic,
+        "min_patches": config["min_dynamic_patch"] if dynamic else 1,
+        "max_patches": config["max_dynamic_patch"] if dynamic else 1,
+        "use_thumbnail": config["use_thumbnail"],
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": edge, "width": edge},
+        "resample": _BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(IMAGENET_MEAN),
+        "image_std": list(IMAGENET_STD),
+    }
+
+
+def _write_tokenizer(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
+    template = template_named(source.config.template, str(source.folder / "config.json"))
+    own = source.folder / "tokenizer.json"
+    if own.is_file() and not tokenizer.add_bos:
+        shutil.copyfile(own, folder / "tokenizer.json")
+    else:
+        (with_bos(tokenizer.backend) if tokenizer.add_bos else tokenizer.backend).save(str(folder / "tokenizer.json"))
+    bos = has_bos(template, tokenizer)
+    ends = stop_ids(template, tokenizer, tokenizer.eos)
+    chat = jinja(template, bos)
+    end = tokenizer.backend.id_to_token(tokenizer.eos[0]) if tokenizer.eos else template.end
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>" if tokenizer.backend.token_to_id("<s>") is not None else None,
+        "eos_token": end,
+        "pad_token": end,
+        "unk_token": "<unk>" if tokenizer.backend.token_to_id("<unk>") is not None else None,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": source.config.text_config.max_position_embeddings,
+        "padding_side": "left",
+        "processor_class": "InternVLProcessor",
+        "chat_template": chat,
+        # InternVLProcessor reads these names. The family has no video token; naming the picture's keeps a new id from being added.
+        "extra_special_tokens": {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<IMG_CONTEXT>",
+        },
+    }
+    _write(folder / "tokenizer_config.json", settings)
+    (folder / "chat_template.jinja").write_text(chat)
+    generation: dict[str, Any] = {"eos_token_id": list(ends), "pad_token_id": tokenizer.eos[0] if tokenizer.eos else ends[0]}
+    if bos:
+        generation["bos_token_id"] = tokenizer.control(template.bos or "<s>")
+    _write(folder / "generation_config.json", generation)
+
+
+def _set_dtype(path: Path, dtype: torch.dtype | None, key: str) -> None:
+    if dtype is not None:
+        config = read_json(path)
+        config[key] = str(dtype).removeprefix("torch.")
+        _write(path, config)
+
+
+def write_official_side(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
+    """config.json and side files of an official folder: its source's own, else made from the native configuration."""
+    kept = source.folder if source.kind == "official" else source.folder / OFFICIAL_SIDE
+    if kept.is_dir():
+        _copy_files(kept, folder, leave=(LAYOUT,) if source.kind == "hf" else ())
+        _set_dtype(folder / "config.json", dtype, "torch_dtype")
+        return
+    for name in (*_TOKENIZER_FILES, *_DOCUMENTS):
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    _write(folder / "config.json", families.official_config(source.config, source.arch, _main_dtype(source, dtype)))
