@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 
 from intervale.core.errors import UserError
 
-# MPO is what many phones write into a .jpg. Vector, scientific and PostScript formats stay out: their decoders are bomb-prone.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# JPEG covers MPO, which many phones write into a .jpg. Vector, scientific and PostScript formats stay out: their decoders are bomb-prone.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 DEFAULT_MAX_PIXELS = 40_000_000  # 40 megapixels: 120 MB as RGB
 _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # the orientations that swap width and height

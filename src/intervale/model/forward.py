@@ -19,9 +19,23 @@ def normalise(tiles_PHWC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return ((tiles_PHWC.float() / 255 - mean) / deviation).permute(0, 3, 1, 2).contiguous().to(dtype)
 
 
+def tower_features(network: InternVLForConditionalGeneration, pixels_PCHW: torch.Tensor) -> torch.Tensor:
+    """(tiles, tokens a tile, tower width x shuffle): the tower and the pixel shuffle, before the projector.
+
+    The same for a picture as long as the tower is frozen, which is what makes it worth keeping.
+    """
+    core, config = network.model, network.config
+    layer = config.vision_feature_layer
+    seen = core.vision_tower(pixel_values=pixels_PCHW.to(core.dtype), output_hidden_states=layer != -1, return_dict=True)
+    hidden = (seen.last_hidden_state if layer == -1 else seen.hidden_states[layer])[:, 1:]
+    edge = int(hidden.shape[1] ** 0.5)
+    shuffled = core.pixel_shuffle(hidden.reshape(len(hidden), edge, edge, -1), scale_factor=config.downsample_ratio)
+    return shuffled.reshape(len(hidden), -1, shuffled.shape[-1])
+
+
 def picture_features(network: InternVLForConditionalGeneration, pixels_PCHW: torch.Tensor) -> torch.Tensor:
-    """(tiles, tokens a tile, width of the language model): tower and projector."""
-    return network.model.get_image_features(pixel_values=pixels_PCHW).pooler_output
+    """(tiles, tokens a tile, width of the language model): tower, pixel shuffle and projector."""
+    return network.model.multi_modal_projector(tower_features(network, pixels_PCHW))
 
 
 def embed(network: InternVLForConditionalGeneration, ids_BS: torch.Tensor, features: torch.Tensor | None, image_token_id: int) -> torch.Tensor:

@@ -1,0 +1,37 @@
+"""`intervale train RECIPE.yaml`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intervale.cli.output import note
+from intervale.core.errors import UserError
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe (docs/recipe.md has every key; recipes/ has some to start from).")],
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: --set train.epochs=3. Repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run (default: `out` of the recipe, else runs/NAME).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; an earlier run is kept beside as NAME.old-1.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print steps, tokens, trainable parameters and memory; write nothing.")] = False,
+) -> None:
+    """Tune a model: LoRA or full, on a CPU, a GPU, or several (torchrun)."""
+    if resume and fresh:
+        raise UserError("--resume and --fresh contradict each other", "give one of them")
+    from intervale.core.config import load_recipe
+    from intervale.train.recipe import TrainRecipe
+
+    overrides = list(set_ or [])
+    if out is not None:
+        overrides.append(f"out={str(out)!r}")
+    checked = load_recipe(recipe, TrainRecipe, overrides)
+    from intervale.train.loop import train as run
+
+    outcome = run(checked, recipe.stem, resume=resume, fresh=fresh, dry_run=dry_run, tell=note)
+    if outcome.exit_code:
+        sys.exit(outcome.exit_code)

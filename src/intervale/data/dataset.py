@@ -1,0 +1,118 @@
+"""Records to what a network eats: token ids, loss mask and tiles.
+
+Promises: an item is used whole or refused by name, never cut; its length is known from picture headers before anything is
+decoded; the order of training is a function of seed and epoch alone. Tiles stay uint8 (normalised on the device).
+Cost: one decode and resize an item, kept in memory up to a limit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from intervale.core.errors import UserError
+from intervale.core.files import inside
+from intervale.core.records import Record
+from intervale.data.images import load_picture, picture_size
+from intervale.data.prompt import Prompt, Template, Tokenizer, encode_turns, turns_of
+from intervale.data.tiling import Tiling, cut_tiles
+
+
+@dataclass(frozen=True)
+class Item:
+    """One training or evaluation item, ready for the device. `tiles_PHWC` uint8 has P = 0 for text alone."""
+
+    id: str
+    ids_S: np.ndarray
+    trained_S: np.ndarray
+    tiles_PHWC: np.ndarray
+
+
+@dataclass(frozen=True)
+class Size:
+    """What an item costs: tokens in all, target tokens, tiles."""
+
+    tokens: int
+    targets: int
+    tiles: int
+
+
+class TileCache:
+    """Decoded tiles by file, the least recently used dropped beyond `limit` bytes. Safe to share between threads."""
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self._limit = limit
+        self._held: OrderedDict[tuple[str, Tiling], np.ndarray] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def tiles(self, record: Record, image: str, tiling: Tiling) -> np.ndarray:
+        """`tiles_PHWC` of a record's picture. Raises: UserError when it cannot be read."""
+        path = inside(record.root, image, record.where)
+        key = (str(path), tiling)
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+        tiles = cut_tiles(load_picture(path, f"{record.where}: {image}"), tiling)
+        with self._lock:
+            if key not in self._held and tiles.nbytes <= self._limit:
+                self._held[key] = tiles
+                self._bytes += tiles.nbytes
+                while self._bytes > self._limit:
+                    self._bytes -= self._held.popitem(last=False)[1].nbytes
+        return tiles
+
+
+def record_tiles(record: Record, tiling: Tiling, cache: TileCache) -> tuple[np.ndarray, list[int]]:
+    """All tiles of a record's pictures in order, and the number of each picture."""
+    parts = [cache.tiles(record, image, tiling) for image in record.images]
+    if not parts:
+        return np.zeros((0, tiling.tile_size, tiling.tile_size, 3), np.uint8), []
+    return np.concatenate(parts), [len(part) for part in parts]
+
+
+def _prompt(record: Record, counts: Sequence[int], tokenizer: Tokenizer, template: Template, tiling: Tiling) -> Prompt:
+    return encode_turns(turns_of(record.messages, [n * tiling.tokens_per_tile for n in counts]), template, tokenizer)
+
+
+def load_item(record: Record, tokenizer: Tokenizer, template: Template, tiling: Tiling, cache: TileCache) -> Item:
+    """Decode, tile and tokenise one record. Raises: UserError when a picture cannot be read."""
+    tiles_PHWC, counts = record_tiles(record, tiling, cache)
+    prompt = _prompt(record, counts, tokenizer, template, tiling)
+    return Item(record.id, prompt.ids_S, prompt.trained_S, tiles_PHWC)
+
+
+def measure(record: Record, tokenizer: Tokenizer, template: Template, tiling: Tiling, max_length: int) -> Size:
+    """An item's size from its text and its pictures' headers.
+
+    Raises: UserError when it is longer than `max_length`, has nothing to train on, or a header cannot be read.
+    """
+    counts = [tiling.tiles_of(*picture_size(inside(record.root, image, record.where), f"{record.where}: {image}")) for image in record.images]
+    prompt = _prompt(record, counts, tokenizer, template, tiling)
+    size = Size(len(prompt.ids_S), int(prompt.trained_S.sum()), sum(counts))
+    if any(not message.content.strip() for message in record.messages if message.role == "assistant") or size.targets == 0:
+        raise UserError(f"{record.where}: item {record.id!r} has no answer to train on", "give every item a non-empty assistant turn")
+    if size.tokens > max_length:
+        pictures = size.tiles * tiling.tokens_per_tile
+        raise UserError(
+            f"{record.where}: item {record.id!r} is {size.tokens} tokens long ({pictures} of them pictures); data.max_length is {max_length}",
+            f"raise data.max_length to {size.tokens}, or lower data.max_tiles (now {tiling.max_tiles})",
+        )
+    return size
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's items: a permutation that depends on nothing but its arguments."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+
+
+def step_items(count: int, per_step: int, seed: int, step: int) -> np.ndarray:
+    """The items of optimizer step `step` (from 0). An epoch's last step may be smaller; no item is left out or doubled."""
+    per_epoch = -(-count // per_step)
+    epoch, place = divmod(step, per_epoch)
+    return epoch_order(count, seed, epoch)[place * per_step : (place + 1) * per_step]

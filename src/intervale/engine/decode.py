@@ -1,0 +1,117 @@
+"""Prefill, next tokens and scores on a network: the few primitives that answers and evaluation are made of.
+
+Greedy decoding gives the tokens of transformers' own `generate`. A prompt's keys and values are computed once and serve every
+continuation that is scored after it. Legend: S positions, V vocabulary, T tokens of a continuation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from intervale.core.errors import UserError
+from intervale.engine.api import Sampling
+from intervale.model.forward import embed, normalise, picture_features
+from intervale.model.load import Model
+
+_TILES_AT_ONCE = 8  # a tower pass over 8 tiles of 448 pixels keeps about 0.3 GiB alive in float32
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt in the network: its cache, its length, and the logits that follow it."""
+
+    cache: DynamicCache
+    length: int
+    logits_V: torch.Tensor
+
+
+@torch.inference_mode()
+def encode_tiles(model: Model, tiles_PHWC: np.ndarray) -> torch.Tensor:
+    """(tiles, tokens a tile, width): the tiles' features, a few tiles at a time."""
+    dtype = model.network.dtype
+    parts = []
+    for chunk in torch.from_numpy(tiles_PHWC).split(_TILES_AT_ONCE):
+        parts.append(picture_features(model.network, normalise(chunk.to(model.device), dtype)))
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def prefill(model: Model, ids_S: np.ndarray, features: torch.Tensor | None) -> Prefilled:
+    """Run a prompt through the network once. Raises: UserError when it is longer than the model's context."""
+    limit = model.network.config.text_config.max_position_embeddings
+    if len(ids_S) >= limit:
+        raise UserError(f"the prompt has {len(ids_S)} tokens; the model's context is {limit}", "use fewer or smaller pictures, or lower the tiles")
+    ids_BS = torch.from_numpy(ids_S)[None].to(model.device)
+    embedded = embed(model.network, ids_BS, features, model.network.config.image_token_id)
+    cache = DynamicCache()
+    hidden = model.network.model.language_model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).last_hidden_state
+    return Prefilled(cache, len(ids_S), model.network.lm_head(hidden[0, -1]).float())
+
+
+@torch.inference_mode()
+def _advance(model: Model, cache: DynamicCache, ids: Sequence[int]) -> torch.Tensor:
+    """Logits (T, V) after each of `ids`, which extend the cache."""
+    ids_BS = torch.tensor([list(ids)], device=model.device)
+    hidden = model.network.model.language_model(
+        inputs_embeds=model.network.get_input_embeddings()(ids_BS), past_key_values=cache, use_cache=True
+    ).last_hidden_state
+    return model.network.lm_head(hidden[0]).float()
+
+
+def _chooser(sampling: Sampling) -> LogitsProcessorList:
+    warpers = LogitsProcessorList()
+    if sampling.temperature > 0:
+        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k > 0:
+            warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers
+
+
+def generate(model: Model, start: Prefilled, sampling: Sampling) -> Iterator[int]:
+    """The answer's token ids, one at a time, a stop token last if it comes within `max_new_tokens`.
+
+    The cache grows with them. The same seed gives the same answer.
+    """
+    warpers = _chooser(sampling)
+    generator = torch.Generator(device=model.device)
+    if sampling.seed is not None:
+        generator.manual_seed(sampling.seed)
+    else:
+        generator.seed()
+    stops = set(model.stop_ids)
+    room = model.network.config.text_config.max_position_embeddings - start.length
+    logits_V = start.logits_V
+    for made in range(1, min(sampling.max_new_tokens, room) + 1):
+        if sampling.temperature <= 0:
+            token = int(logits_V.argmax())
+        else:
+            weights = torch.softmax(warpers(None, logits_V[None]), -1)  # type: ignore[arg-type]
+            token = int(torch.multinomial(weights[0], 1, generator=generator))
+        yield token
+        if token in stops:
+            return
+        if made < min(sampling.max_new_tokens, room):
+            logits_V = _advance(model, start.cache, [token])[-1]
+
+
+def score_continuations(model: Model, start: Prefilled, continuations: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Log-probability of every token of every continuation, each directly after the prompt; the cache is left as it was."""
+    scored = []
+    first_V = torch.log_softmax(start.logits_V, -1)
+    for ids in continuations:
+        assert ids, "a continuation has at least one token"
+        values = [float(first_V[ids[0]])]
+        if len(ids) > 1:
+            logits_TV = torch.log_softmax(_advance(model, start.cache, ids[:-1]), -1)
+            values += [float(logits_TV[at, token]) for at, token in enumerate(ids[1:])]
+            start.cache.crop(start.length)
+        scored.append(values)
+    return scored

@@ -1,0 +1,188 @@
+"""Everything a run needs before its first step: data measured, folder chosen, network ready. Fails early, and says all.
+
+Nothing is written until the data, the recipe and the model have been found to fit each other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import InternVLForConditionalGeneration
+
+from intervale.core.errors import UserError
+from intervale.core.files import read_json, write_json
+from intervale.core.lang import say
+from intervale.core.records import Record, data_digest, read_records
+from intervale.core.runlog import versions
+from intervale.data.dataset import Size, measure
+from intervale.data.tiling import Tiling
+from intervale.model.adapt import checkpoint_of
+from intervale.model.load import TextSide, default_device, load_network, resolve_model, text_side
+from intervale.model.source import build_network, fingerprint, open_source
+from intervale.train.parallel import World
+from intervale.train.prepare import Cost, choose_checkpointing, estimate, free_memory, freeze_and_adapt, precision_of
+from intervale.train.recipe import TrainRecipe
+
+Tell = Callable[[str], None]
+# What may differ between a run and its resumption without changing the mathematics of the steps that are left.
+_FREE = {"out": None, "data": ("workers", "eval"), "train": ("save_steps", "save_total_limit", "eval_steps", "features", "checkpointing")}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with its data: what is known before the network is loaded."""
+
+    recipe: TrainRecipe
+    folder: Path
+    base: Path
+    side: TextSide
+    train: list[Record]
+    held: list[Record]
+    sizes: list[Size]
+    tell: Tell
+
+    @property
+    def per_step(self) -> int:
+        """Samples of a step and a process."""
+        return self.recipe.train.batch_size * self.recipe.train.accumulation
+
+    def steps(self, world_size: int) -> int:
+        """Optimizer steps of the whole run."""
+        per_epoch = -(-len(self.train) // (self.per_step * world_size))
+        steps = per_epoch * self.recipe.train.epochs
+        return min(steps, self.recipe.train.max_steps or steps)
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between a run and its resumption."""
+        recipe = self.recipe.model_dump()
+        for section, keys in _FREE.items():
+            if keys is None:
+                recipe.pop(section)
+            for key in keys or ():
+                recipe[section].pop(key)
+        base = {"name": self.recipe.model, "folder": str(self.base.resolve()), "fingerprint": fingerprint(self.base)}
+        return {"base": base, "recipe": recipe, "data": data_digest(self.train)}
+
+
+def _narrow(tiling: Tiling, recipe: TrainRecipe) -> Tiling:
+    most = recipe.data.max_tiles or tiling.max_tiles
+    least = recipe.data.min_tiles or min(tiling.min_tiles, most)
+    if least > most:
+        raise UserError(f"data.min_tiles {least} is more than data.max_tiles {most}", "give a smaller data.min_tiles")
+    return replace(tiling, max_tiles=most, min_tiles=least)
+
+
+def _measure_all(records: list[Record], side: TextSide, max_length: int) -> list[Size]:
+    """Every item's size; all faults at once."""
+    sizes, faults = [], []
+    for record in records:
+        try:
+            sizes.append(measure(record, side.tokenizer, side.template, side.tiling, max_length))
+        except UserError as error:
+            faults.append(error)
+    if faults:
+        if len(faults) == 1:
+            raise faults[0]
+        shown = "\n  ".join(fault.what for fault in faults[:10])
+        raise UserError(f"{len(faults)} items cannot be trained on:\n  {shown}", f"{faults[0].fix}; `intervale check` lists them all")
+    return sizes
+
+
+def read_job(recipe: TrainRecipe, name: str, tell: Tell) -> Job:
+    """Read and measure the data for a recipe called `name`. Raises: UserError for anything that cannot work."""
+    base = resolve_model(recipe.model)
+    if checkpoint_of(base) is not None:
+        raise UserError(f"model: {base} is a training run, not a model", f"export it first: intervale export {base} DIR --format hf")
+    side = text_side(base)
+    side = replace(side, tiling=_narrow(side.tiling, recipe))
+    train = read_records(Path(recipe.data.train))
+    held = read_records(Path(recipe.data.eval)) if recipe.data.eval else []
+    sizes = _measure_all(train, side, recipe.data.max_length)
+    _measure_all(held, side, recipe.data.max_length)
+    folder = Path(recipe.out or Path("runs") / name)
+    return Job(recipe, folder, base, side, train, held, sizes, tell)
+
+
+def open_folder(job: Job, resume: bool, fresh: bool) -> str:
+    """'new', 'resume' or 'done'. Raises: UserError when the folder holds something and neither was asked for."""
+    folder = job.folder
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return "new"
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{folder} exists and is not a training run", "choose another `out`, or remove this folder")
+    status = read_json(folder / "run.json").get("status")
+    if fresh:
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+            number += 1
+        os.replace(folder, aside)
+        job.tell(say(f"the earlier run is kept as {aside}", f"先前的运行保留在 {aside}"))
+        return "new"
+    if status == "done":
+        return "done"
+    if resume:
+        return "resume"
+    raise UserError(f"{folder} holds a run that is not finished ({status})", "--resume continues it, --fresh starts over (and keeps the old one aside)")
+
+
+def write_run(job: Job, status: str, extra: dict[str, Any] | None = None) -> None:
+    """RUN/run.json: what this run is and where it stands."""
+    value = {
+        "kind": "intervale training run",
+        "status": status,
+        "recipe": job.recipe.model_dump(),
+        **job.identity(),
+        "train": {"file": str(Path(job.recipe.data.train).resolve()), "items": len(job.train), "digest": data_digest(job.train)},
+        "eval": {"file": job.recipe.data.eval, "items": len(job.held), "digest": data_digest(job.held)} if job.held else None,
+        "versions": versions(),
+        **(extra or {}),
+    }
+    write_json(job.folder / "run.json", value)
+
+
+def _estimate(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dtype) -> Cost:
+    freeze_and_adapt(network, job.recipe)
+    return estimate(network, job.recipe, dtype, max(size.tokens for size in job.sizes), max(size.tiles for size in job.sizes))
+
+
+def load_for(job: Job, world: World) -> tuple[InternVLForConditionalGeneration, torch.dtype, Cost]:
+    """The network, frozen and adapted as the recipe says, with the estimate of a step's memory."""
+    dtype = precision_of(job.recipe.train.precision, world.device)
+    network = load_network(job.base, dtype=dtype, device=world.device, image_token_id=job.side.tokenizer.control("<IMG_CONTEXT>"))
+    cost = _estimate(job, network, dtype)
+    choose_checkpointing(network, job.recipe, cost, world.device)
+    return network, dtype, cost
+
+
+def plan_for(job: Job, world: World) -> tuple[InternVLForConditionalGeneration, torch.dtype, Cost]:
+    """As `load_for` without reading a weight: the parameters stay on the meta device."""
+    dtype = precision_of(job.recipe.train.precision, world.device)
+    network = build_network(open_source(job.base, job.side.tokenizer.control("<IMG_CONTEXT>")).config)
+    return network, dtype, _estimate(job, network, dtype)
+
+
+def keep_features(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dtype) -> tuple[bool, str]:
+    """(keep the tower's features in memory?, why). Raises: UserError for `cache` when the tower learns."""
+    wanted = job.recipe.train.features
+    if job.recipe.train.vision != "frozen":
+        if wanted == "cache":
+            raise UserError("train.features is cache, but train.vision is not frozen: the features change at every step", "use auto or live")
+        return False, "the vision tower learns"
+    if wanted == "live":
+        return False, "the recipe says so"
+    width = network.config.vision_config.hidden_size * int(1 / network.config.downsample_ratio) ** 2
+    need = sum(size.tiles for size in job.sizes) * job.side.tiling.tokens_per_tile * width * dtype.itemsize
+    have = free_memory(torch.device("cpu"))
+    if wanted == "auto" and need > have / 4:
+        return False, f"{need / 2**30:.1f} GiB of features would take more than a quarter of the {have / 2**30:.1f} GiB free"
+    return True, f"the vision tower is frozen; at most {need / 2**30:.2f} GiB"
+
+
+def pick_device() -> str:
+    """The device a run takes: INTERVALE_DEVICE, else CUDA when there is one, else the CPU."""
+    return os.environ.get("INTERVALE_DEVICE") or default_device()

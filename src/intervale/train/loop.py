@@ -1,0 +1,363 @@
+"""The training loop: steps, progress, held-out loss, saving, stopping. `train` is the whole of `intervale train`.
+
+Promises: metrics.jsonl and loss.png exist from the first step on; Ctrl-C finishes the step, saves and says how to go on; the
+order of the data and the dropout masks are functions of the seed and the step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import InternVLForConditionalGeneration
+
+from intervale.core.errors import UserError
+from intervale.core.files import write_atomic
+from intervale.core.lang import say
+from intervale.core.runlog import append_metrics, forget_after
+from intervale.data.dataset import Item, TileCache, load_item, step_items
+from intervale.train import job as jobs
+from intervale.train.batches import Batch, collate, load_ahead
+from intervale.train.job import Job
+from intervale.train.parallel import World, join_world, leave_world, sum_gradients, sum_values, wait
+from intervale.train.plot import draw_losses
+from intervale.train.prepare import GIB, free_memory, make_optimizer, set_modes, used_memory
+from intervale.train.recipe import TrainRecipe
+from intervale.train.schedule import learning_rate
+from intervale.train.state import Progress, changed_fields, choose_checkpoint, restore, save_checkpoint, trainable
+from intervale.train.step import Compute, Sums, accumulate, held_out
+
+_PLOT_SECONDS, _TELL_SECONDS = 20.0, 5.0
+_BAD_SHARE = 0.01  # more unreadable items than this and the data set, not an item, is what is wrong
+SIGNAL_EXIT = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: 'done', 'stopped' (by a signal: `exit_code`) or 'dry'."""
+
+    status: str
+    folder: Path
+    step: int
+    exit_code: int = 0
+
+
+@dataclass
+class _Loop:
+    """What the steps share. One object, so that its parts are named once."""
+
+    job: Job
+    world: World
+    network: InternVLForConditionalGeneration
+    optimizer: torch.optim.Optimizer
+    compute: Compute
+    cache: TileCache
+    total: int
+    progress: Progress
+    stop: int | None = None
+    skipped: set[str] = field(default_factory=set)
+
+
+def train(recipe: TrainRecipe, name: str, *, resume: bool, fresh: bool, dry_run: bool, tell: jobs.Tell) -> Outcome:
+    """Run a recipe called `name` to its end or to a signal. Raises: UserError; what was saved before stays."""
+    job = jobs.read_job(recipe, name, tell)
+    if not dry_run and not resume and not fresh:
+        jobs.open_folder(job, resume, fresh)  # refuse before joining other processes or loading anything
+    world = join_world(recipe.parallel.strategy, jobs.pick_device())
+    if not world.first:
+        job = replace(job, tell=lambda text: None)
+    try:
+        if dry_run:
+            return _dry_run(job, world)
+        state = jobs.open_folder(job, resume, fresh) if world.first else "resume" if resume else "new"
+        wait(world)
+        if state == "done":
+            job.tell(say(f"{job.folder} is complete already; --fresh trains it again", f"{job.folder} 已经完成；--fresh 重新训练"))
+            return Outcome("done", job.folder, job.steps(world.size))
+        with _gpu_memory(job):
+            return _train(job, world, state)
+    finally:
+        leave_world(world)
+
+
+@contextmanager
+def _gpu_memory(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU's memory is not enough for this recipe",
+            "halve train.batch_size and double train.accumulation (the same mathematics), set train.checkpointing: on, or lower data.max_tiles",
+        ) from error
+
+
+def _describe(job: Job, world: World, total: int) -> str:
+    tokens = sum(size.tokens for size in job.sizes)
+    targets = sum(size.targets for size in job.sizes)
+    share = job.per_step * world.size
+    return say(
+        f"{len(job.train)} items, {tokens:,} tokens ({targets:,} of them targets) an epoch; {total} steps of {share} items",
+        f"{len(job.train)} 条数据，每轮 {tokens:,} 个 token（其中 {targets:,} 个计入损失）；共 {total} 步，每步 {share} 条",
+    )
+
+
+def _dry_run(job: Job, world: World) -> Outcome:
+    network, dtype, cost = jobs.plan_for(job, world)
+    total = job.steps(world.size)
+    tokens = sum(size.tokens for size in job.sizes) * job.recipe.train.epochs
+    longest = max(size.tokens for size in job.sizes)
+    lines = [
+        _describe(job, world, total),
+        f"steps: {total}",
+        f"tokens: {tokens:,} in {job.recipe.train.epochs} epochs; the longest item has {longest:,} (data.max_length {job.recipe.data.max_length:,})",
+        f"parameters: {cost.parameters:,}, trainable: {cost.trainable:,} ({cost.trainable / cost.parameters:.2%})",
+        f"memory, estimated: {cost.total / GIB:.2f} GiB = weights {cost.weights / GIB:.2f} + gradients and optimizer "
+        f"{cost.optimizer / GIB:.2f} + activations {cost.activations / GIB:.2f}; free on {world.device}: {free_memory(world.device) / GIB:.1f} GiB",
+        f"precision: {str(dtype).removeprefix('torch.')}; features: {'kept' if jobs.keep_features(job, network, dtype)[0] else 'live'}",
+        f"out: {job.folder} (nothing was written)",
+    ]
+    for line in lines:
+        job.tell(line)
+    return Outcome("dry", job.folder, 0)
+
+
+def _train(job: Job, world: World, state: str) -> Outcome:
+    network, dtype, cost = jobs.load_for(job, world)
+    keep, why = jobs.keep_features(job, network, dtype)
+    optimizer = make_optimizer(network, job.recipe, world.device)
+    compute = Compute(dtype, world.device, job.side.tokenizer.control("<IMG_CONTEXT>"), {} if keep else None)
+    total = job.steps(world.size)
+    job.tell(_describe(job, world, total))
+    job.tell(
+        say(
+            f"{cost.trainable:,} of {cost.parameters:,} parameters learn, {str(dtype).removeprefix('torch.')} on {world.device}; "
+            f"features {'kept' if keep else 'live'}: {why}",
+            f"训练 {cost.parameters:,} 个参数中的 {cost.trainable:,} 个，{str(dtype).removeprefix('torch.')}，设备 {world.device}",
+        )
+    )
+    progress = _restore(job, network, optimizer) if state == "resume" else Progress()
+    loop = _Loop(job, world, network, optimizer, compute, TileCache(), total, progress)
+    if world.first:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        forget_after(job.folder, progress.step)
+        write_atomic(job.folder / "recipe.json", job.recipe.model_dump_json(indent=2) + "\n")
+        jobs.write_run(job, "running")
+    wait(world)
+    with _signals(loop):
+        _steps(loop)
+    return _finish(loop)
+
+
+def _restore(job: Job, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    from intervale.core.files import read_json
+
+    chosen, skipped = choose_checkpoint(job.folder)
+    for line in skipped:
+        job.tell(say(f"skipped {line}", f"跳过 {line}"))
+    if chosen is None:
+        job.tell(say("no checkpoint to resume from: starting at step 0", "没有可恢复的检查点：从第 0 步开始"))
+        return Progress()
+    changed = changed_fields(read_json(chosen / "state.json")["identity"], job.identity())
+    if changed:
+        raise UserError(
+            f"{job.folder}: this is not the run that was started: " + "; ".join(changed),
+            "undo the changes, or use --fresh to start over (the old run is kept)",
+        )
+    progress = restore(chosen, network, optimizer)
+    job.tell(say(f"resuming from {chosen} (step {progress.step})", f"从 {chosen} 恢复（第 {progress.step} 步）"))
+    return progress
+
+
+@contextmanager
+def _signals(loop: _Loop) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM asks the loop to stop after its step; a second Ctrl-C stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if loop.stop is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        loop.stop = number
+        loop.job.tell(say("stopping after this step ...", "本步结束后停止……"))
+
+    before = {number: signal.signal(number, handle) for number in SIGNAL_EXIT}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _load(loop: _Loop, index: int) -> Item | None:
+    job = loop.job
+    record = job.train[index]
+    try:
+        return load_item(record, job.side.tokenizer, job.side.template, job.side.tiling, loop.cache)
+    except UserError as error:
+        if job.recipe.data.on_bad_sample == "fail":
+            raise
+        if record.id not in loop.skipped:
+            loop.skipped.add(record.id)
+            with open(job.folder / "skipped.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"id": record.id, "why": error.what}, ensure_ascii=False) + "\n")
+        if len(loop.skipped) > max(1, _BAD_SHARE * len(job.train)):
+            raise UserError(f"{len(loop.skipped)} items cannot be read; the last: {error.what}", "run `intervale check` on the data") from error
+        return None
+
+
+def _micro_batches(items: list[Item], size: int) -> list[Batch]:
+    return [collate(items[at : at + size]) for at in range(0, len(items), size)]
+
+
+def _steps(loop: _Loop) -> None:
+    job, world, recipe = loop.job, loop.world, loop.job.recipe
+    shares = []
+    for number in range(loop.progress.step, loop.total):
+        items = step_items(len(job.train), job.per_step * world.size, recipe.train.seed, number)
+        shares.append([int(index) for index in items[world.rank :: world.size]])
+    last_plot = last_tell = time.monotonic()
+    started, done = time.monotonic(), loop.progress.step
+    set_modes(loop.network, recipe, True)
+    for items in load_ahead(shares, lambda index: _load(loop, index), recipe.data.workers):
+        entry = _one_step(loop, items)
+        if world.first:
+            append_metrics(job.folder, entry)
+            now = time.monotonic()
+            if now - last_tell > _TELL_SECONDS or loop.progress.step in (done + 1, loop.total):
+                _tell_progress(loop, entry, (now - started) / (loop.progress.step - done))
+                last_tell = now
+            if now - last_plot > _PLOT_SECONDS or loop.progress.step == done + 1:
+                draw_losses(job.folder)
+                last_plot = time.monotonic()
+        stopping = _asked_to_stop(loop)  # asked once a step, so that a signal in between cannot stop without saving
+        _after_step(loop, stopping)
+        if stopping:
+            return
+
+
+def _asked_to_stop(loop: _Loop) -> bool:
+    if loop.world.size > 1:  # all processes stop at the same step, whichever got the signal
+        loop.stop = int(sum_values(loop.world, [float(loop.stop or 0)])[0]) or None
+    return loop.stop is not None
+
+
+def _one_step(loop: _Loop, items: list[Item]) -> dict[str, Any]:
+    recipe, world = loop.job.recipe.train, loop.world
+    begun = time.monotonic()
+    step = loop.progress.step
+    torch.manual_seed((recipe.seed * 1_000_003 + step) * world.size + world.rank)  # dropout: a function of seed and step
+    batches = _micro_batches(items, recipe.batch_size)
+    targets = int(sum_values(world, [float(sum(batch.targets for batch in batches))])[0])
+    rate = learning_rate(step, loop.total, recipe.learning_rate, recipe.warmup_ratio, recipe.schedule)
+    norm = 0.0
+    sums = Sums()
+    if targets:
+        for group in loop.optimizer.param_groups:
+            group["lr"] = rate
+        loop.optimizer.zero_grad(set_to_none=True)
+        sums = accumulate(loop.network, batches, loop.compute, targets)
+        parameters = list(trainable(loop.network).values())
+        sum_gradients(world, parameters)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_norm or math.inf))
+    loss, samples, positions = sum_values(world, [sums.loss, float(sums.samples), float(sums.positions)])
+    mean = loss / targets if targets else 0.0
+    if not math.isfinite(mean) or not math.isfinite(norm):
+        raise UserError(
+            f"step {step + 1}: the loss is {mean} and the gradient norm {norm}; the weights were not changed by this step",
+            "lower train.learning_rate, or use train.precision: fp32; --resume continues from the last checkpoint",
+        )
+    if targets:
+        loop.optimizer.step()
+    seconds = time.monotonic() - begun
+    before = loop.progress
+    loop.progress = Progress(step + 1, before.samples + int(samples), before.tokens + targets, before.seconds + seconds)
+    return {
+        "step": step + 1,
+        "epoch": round(loop.progress.samples / len(loop.job.train), 4),
+        "loss": mean,
+        "learning_rate": rate,
+        "gradient_norm": norm,
+        "samples": int(samples),
+        "targets": targets,
+        "tokens_per_second": round(positions / seconds, 1),
+        "seconds": round(seconds, 4),
+        "memory_gib": round(used_memory(world.device), 3),
+    }
+
+
+def _tell_progress(loop: _Loop, entry: dict[str, Any], seconds_a_step: float) -> None:
+    left = int((loop.total - entry["step"]) * seconds_a_step)
+    loop.job.tell(
+        f"step {entry['step']}/{loop.total}  epoch {entry['epoch']:.2f}  loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  "
+        f"{entry['tokens_per_second']:,.0f} tokens/s  {entry['memory_gib']:.1f} GiB  "
+        + say(f"{left // 60}:{left % 60:02d} left", f"剩余 {left // 60}:{left % 60:02d}")
+    )
+
+
+def _after_step(loop: _Loop, stopping: bool) -> None:
+    recipe = loop.job.recipe.train
+    step = loop.progress.step
+    last = step == loop.total or stopping
+    if loop.job.held and (step == loop.total or (recipe.eval_steps and step % recipe.eval_steps == 0)):
+        _evaluate(loop)
+    if loop.world.first and (last or step % recipe.save_steps == 0):
+        save(loop)
+    wait(loop.world)
+
+
+def save(loop: _Loop) -> Path:
+    """Write the checkpoint of the present step."""
+    return save_checkpoint(
+        loop.job.folder, loop.network, loop.optimizer, loop.progress, loop.job.identity(), loop.job.recipe.train.save_total_limit
+    )
+
+
+def _evaluate(loop: _Loop) -> None:
+    """Loss and share of right target tokens on the held-out items, with the adapter as it is now."""
+    job = loop.job
+    set_modes(loop.network, job.recipe, False)
+    records = job.held[loop.world.rank :: loop.world.size]
+    items = (load_item(record, job.side.tokenizer, job.side.template, job.side.tiling, loop.cache) for record in records)
+    sums = held_out(loop.network, (collate([item]) for item in items), replace(loop.compute, kept=None))
+    set_modes(loop.network, job.recipe, True)
+    loss, correct, targets = sum_values(loop.world, [sums.loss, float(sums.correct), float(sums.targets)])
+    entry = {"step": loop.progress.step, "eval_loss": loss / targets, "eval_token_accuracy": correct / targets, "eval_items": len(job.held)}
+    if loop.world.first:
+        append_metrics(job.folder, entry)
+        job.tell(
+            say(
+                f"held-out: loss {entry['eval_loss']:.4f}, {entry['eval_token_accuracy']:.1%} of target tokens right",
+                f"留出集：损失 {entry['eval_loss']:.4f}，目标 token 正确率 {entry['eval_token_accuracy']:.1%}",
+            )
+        )
+
+
+def _finish(loop: _Loop) -> Outcome:
+    job = loop.job
+    done = loop.progress.step >= loop.total
+    if loop.world.first:
+        status = "done" if done else "stopped"
+        draw_losses(job.folder)
+        jobs.write_run(job, status, {"step": loop.progress.step, "seconds": round(loop.progress.seconds, 1), "skipped": len(loop.skipped)})
+    if done:
+        job.tell(say(f"done: {job.folder} (loss.png shows the curve)", f"完成：{job.folder}（曲线见 loss.png）"))
+        return Outcome("done", job.folder, loop.progress.step)
+    job.tell(
+        say(
+            f"saved step {loop.progress.step} of {loop.total}; continue with: intervale train RECIPE --resume",
+            f"已保存第 {loop.progress.step}/{loop.total} 步；继续：intervale train RECIPE --resume",
+        )
+    )
+    assert loop.stop is not None
+    return Outcome("stopped", job.folder, loop.progress.step, SIGNAL_EXIT.get(signal.Signals(loop.stop), 130))

@@ -1,0 +1,95 @@
+"""Several processes on one optimizer step (started by torchrun): who they are, and sums across them.
+
+The step's mathematics do not depend on their number: each takes its share of the step's items, losses are divided by the
+target tokens of the whole step, and gradients are added up. One process: every function here is the identity.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from intervale.core.errors import UserError
+
+_BUCKET = 1 << 25  # elements a gradient message carries: 128 MiB in float32
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, their number, its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """The process that writes files and speaks."""
+        return self.rank == 0
+
+
+def join_world(strategy: str, device: str) -> World:
+    """Join the processes torchrun started. Raises: UserError when recipe and launcher disagree."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(0, 1, torch.device(device))
+    if strategy != "ddp":
+        raise UserError(f"torchrun started {size} processes, but parallel.strategy is {strategy!r}", "set parallel.strategy to ddp")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    here = torch.device(f"cuda:{local}" if device == "cuda" else device)
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+    return World(dist.get_rank(), size, here)
+
+
+def leave_world(world: World) -> None:
+    """Close the connection between the processes."""
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def sum_values(world: World, values: list[float]) -> list[float]:
+    """Each value added up over all processes."""
+    if world.size == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(total)
+    return [float(value) for value in total]
+
+
+def sum_gradients(world: World, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Add every gradient up over all processes, in place; a process without one counts as zero."""
+    if world.size == 1:
+        return
+    bucket: list[torch.Tensor] = []
+    filled = 0
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        filled += parameter.numel()
+        if filled >= _BUCKET:
+            _sum_bucket(bucket)
+            bucket, filled = [], 0
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(gradients: list[torch.Tensor]) -> None:
+    flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
+    dist.all_reduce(flat)
+    at = 0
+    for gradient in gradients:
+        gradient.copy_(flat[at : at + gradient.numel()].view_as(gradient))
+        at += gradient.numel()
+
+
+def wait(world: World) -> None:
+    """Until every process is here."""
+    if world.size > 1:
+        dist.barrier()

@@ -1,0 +1,124 @@
+"""Set a network up for a recipe: what learns, in which precision, with which optimizer; and what that will cost."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from transformers import InternVLForConditionalGeneration
+
+from intervale.model.adapt import PARTS, attach_lora
+from intervale.train.recipe import TrainRecipe
+from intervale.train.state import trainable
+
+GIB = 1 << 30
+_ADAM_BYTES = 4 + 4 + 4  # gradient and two moments in float32
+# Activations a layer keeps for the backward pass, in units of (tokens x hidden): measured shapes of a pre-norm block with a
+# gated MLP of ratio 4 (inputs of 2 norms, q k v, attention output, 3 MLP activations of 4 x hidden); with checkpointing, one.
+_KEPT_PER_LAYER, _KEPT_CHECKPOINTED = 18, 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters and bytes of a training step, estimated before it runs."""
+
+    parameters: int
+    trainable: int
+    weights: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.optimizer + self.activations
+
+
+def precision_of(name: str, device: torch.device) -> torch.dtype:
+    """The compute type: 'auto' is bfloat16 on a GPU that has it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def freeze_and_adapt(network: InternVLForConditionalGeneration, recipe: TrainRecipe) -> None:
+    """Mark what learns and attach LoRA. What learns is float32 (the optimizer's master copy); the rest keeps its type.
+
+    The fresh LoRA matrices depend on the recipe's seed alone.
+    """
+    network.requires_grad_(False)
+    if targets := recipe.lora_targets():
+        torch.manual_seed(recipe.train.seed)
+        attach_lora(network, recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout, targets)
+    for part, setting in (("vision", recipe.train.vision), ("projector", recipe.train.projector), ("llm", recipe.train.llm)):
+        for name, parameter in network.named_parameters():
+            if ".lora_" not in name and name.startswith(PARTS[part]):
+                parameter.requires_grad_(setting == "full")
+                if setting == "full":
+                    parameter.data = parameter.data.float()
+    assert trainable(network), "the recipe's own check guarantees that something learns"
+
+
+def set_modes(network: InternVLForConditionalGeneration, recipe: TrainRecipe, training: bool) -> None:
+    """Dropout and checkpointing on for training; a frozen tower stays in eval mode."""
+    network.train(training)
+    if recipe.train.vision == "frozen":
+        network.model.vision_tower.eval()
+
+
+def make_optimizer(network: torch.nn.Module, recipe: TrainRecipe, device: torch.device) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only (norms, biases and layer scales have no reason to shrink)."""
+    named = trainable(network)
+    decayed = [p for p in named.values() if p.dim() >= 2]
+    plain = [p for p in named.values() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": recipe.train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    first, second = recipe.train.betas
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(first, second), fused=device.type == "cuda")
+
+
+def estimate(network: InternVLForConditionalGeneration, recipe: TrainRecipe, dtype: torch.dtype, longest: int, tiles: int) -> Cost:
+    """Bytes of weights, optimizer and activations for the largest micro-batch (`longest` tokens a row, `tiles` a row)."""
+    parameters = list(network.parameters())
+    learning = sum(p.numel() for p in parameters if p.requires_grad)
+    weights = sum(p.numel() * (4 if p.requires_grad else dtype.itemsize) for p in parameters)
+    text, vision = network.config.text_config, network.config.vision_config
+    kept = _KEPT_CHECKPOINTED if recipe.train.checkpointing == "on" else _KEPT_PER_LAYER
+    rows = recipe.train.batch_size
+    activations = rows * longest * text.hidden_size * text.num_hidden_layers * kept * dtype.itemsize
+    if recipe.train.vision != "frozen":
+        patches = (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1
+        activations += rows * tiles * patches * vision.hidden_size * vision.num_hidden_layers * kept * dtype.itemsize
+    return Cost(sum(p.numel() for p in parameters), learning, weights, learning * _ADAM_BYTES, activations)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on the device (for the CPU: of the machine)."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            available = next(line for line in file if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def used_memory(device: torch.device) -> float:
+    """GiB at the peak so far: on the GPU what torch held, on the CPU the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+def choose_checkpointing(network: InternVLForConditionalGeneration, recipe: TrainRecipe, cost: Cost, device: torch.device) -> bool:
+    """Switch gradient checkpointing on if asked, or ('auto') if the estimate exceeds 80% of the free memory; says which."""
+    on = recipe.train.checkpointing == "on"
+    if recipe.train.checkpointing == "auto":
+        on = cost.optimizer + cost.activations > 0.8 * free_memory(device)
+    if on:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    return on
+

@@ -1,0 +1,102 @@
+"""The training recipe: every key, its default and its meaning. docs/recipe.md is the table for people.
+
+The defaults are the tutorial's (XTuner's InternVL2-2B LoRA): LoRA 128/256/0.05, AdamW 3e-5, cosine after 3% warm-up.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_Strict = ConfigDict(extra="forbid", frozen=True)
+PositiveInt = Annotated[int, Field(ge=1)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Data(BaseModel):
+    """What is read and how."""
+
+    model_config = _Strict
+    train: str
+    eval: str | None = None
+    max_length: PositiveInt = 8192
+    max_tiles: PositiveInt | None = None
+    min_tiles: PositiveInt | None = None
+    workers: Annotated[int, Field(ge=0)] = 2
+    on_bad_sample: Literal["fail", "skip"] = "fail"
+
+
+class Lora(BaseModel):
+    """Low-rank adapters, where `train` asks for them."""
+
+    model_config = _Strict
+    rank: PositiveInt = 128
+    alpha: Annotated[float, Field(gt=0)] = 256
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    targets: str = "llm"
+
+
+class Train(BaseModel):
+    """What learns, for how long, how fast."""
+
+    model_config = _Strict
+    vision: Literal["frozen", "lora", "full"] = "frozen"
+    projector: Literal["frozen", "full"] = "full"
+    llm: Literal["frozen", "lora", "full"] = "lora"
+    epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = 4
+    accumulation: PositiveInt = 2
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3e-5
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    weight_decay: Number = 0.05
+    max_norm: Number = 1.0
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    optimizer: Literal["adamw"] = "adamw"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    seed: Annotated[int, Field(ge=0)] = 42
+    save_steps: PositiveInt = 64
+    save_total_limit: Annotated[int, Field(ge=-1)] = 3
+    eval_steps: PositiveInt | None = None
+    features: Literal["auto", "cache", "live"] = "auto"
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+
+
+class Parallel(BaseModel):
+    """How many processes work on a step (started with torchrun)."""
+
+    model_config = _Strict
+    strategy: Literal["single", "ddp"] = "single"
+
+
+class TrainRecipe(BaseModel):
+    """A whole recipe."""
+
+    model_config = _Strict
+    model: str
+    out: str | None = None
+    data: Data
+    lora: Lora = Lora()
+    train: Train = Train()
+    parallel: Parallel = Parallel()
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> TrainRecipe:
+        parts = (self.train.vision, self.train.projector, self.train.llm)
+        if all(part == "frozen" for part in parts) and not self.lora_targets():
+            raise ValueError("nothing is trained: vision, projector and llm are all frozen")
+        if self.train.save_total_limit == 0:
+            raise ValueError("train.save_total_limit is 0: use -1 to keep all checkpoints, or a positive number")
+        return self
+
+    def lora_targets(self) -> str:
+        """The parts that get LoRA, joined by '+': what `lora.targets` names, as far as `train` asks for LoRA there."""
+        asked = self.lora.targets.split("+")
+        wanted = []
+        if self.train.llm == "lora":
+            wanted += [target for target in asked if target != "vision"]
+        if self.train.vision == "lora":
+            wanted.append("vision")
+        return "+".join(wanted)

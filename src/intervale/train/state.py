@@ -1,0 +1,131 @@
+"""Checkpoints of a run: complete or absent, no pickle, and enough to continue.
+
+    RUN/checkpoints/step-00000064/   adapter and trained tensors (model.adapt), optimizer.safetensors, state.json, MANIFEST.json
+
+The folder is staged, flushed and renamed, so a crash leaves none or a whole one. Old ones go only after the new one stands.
+Random numbers are not stored: every step seeds its own from (seed, step).
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from intervale.core.errors import UserError
+from intervale.core.files import need_space, read_json, sha256_file, staged_folder, write_json
+from intervale.model.adapt import ADAPTER, CHECKPOINTS, TRAINED, load_trained, save_trained
+
+OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "state.json", "MANIFEST.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is: optimizer steps done, samples and target tokens seen, seconds spent."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def trainable(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Every parameter that learns, by name, in a fixed order."""
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+
+
+def save_checkpoint(
+    run: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, identity: dict[str, Any], keep: int
+) -> Path:
+    """Write checkpoint `progress.step`, then drop all but the newest `keep` (-1: keep all). Raises: UserError on a full disk."""
+    folder = run / CHECKPOINTS / f"step-{progress.step:08d}"
+    named = trainable(network)
+    need_space(folder, 3 * sum(parameter.nbytes for parameter in named.values()))
+    if folder.is_dir():
+        return folder
+    with staged_folder(folder) as aside:
+        save_trained(aside, network, identity["base"])
+        moments: dict[str, torch.Tensor] = {}
+        for name, parameter in named.items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                assert key in _MOMENTS, f"unknown optimizer state {key}"
+                moments[f"{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+        save_file(moments, aside / OPTIMIZER)
+        write_json(aside / STATE, asdict(progress) | {"identity": identity})
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(aside.iterdir())}
+        write_json(aside / MANIFEST, {"step": progress.step, "files": files})
+    _rotate(run / CHECKPOINTS, keep)
+    return folder
+
+
+def _rotate(folder: Path, keep: int) -> None:
+    if keep < 0:
+        return
+    for old in sorted(folder.glob("step-*"), key=lambda path: path.name)[:-keep]:
+        shutil.rmtree(old)
+
+
+def verify_checkpoint(folder: Path) -> str:
+    """'' when every file is as its manifest says, else what is wrong."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        for name, entry in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+                return f"{name} is damaged"
+    except (UserError, KeyError, TypeError) as error:
+        return f"its manifest cannot be read ({error})"
+    return ""
+
+
+def choose_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """(the newest checkpoint that verifies, what was skipped and why)."""
+    skipped = []
+    for folder in sorted((run / CHECKPOINTS).glob("step-*"), key=lambda path: path.name, reverse=True):
+        fault = verify_checkpoint(folder)
+        if not fault:
+            return folder, skipped
+        skipped.append(f"{folder.name}: {fault}")
+    return None, skipped
+
+
+def restore(folder: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint's weights and optimizer state into a network that is prepared for training the same way."""
+    if (folder / TRAINED).is_file():
+        load_trained(network, folder / TRAINED)
+    if (folder / ADAPTER).is_file():
+        parameters = dict(network.named_parameters())
+        for name, tensor in load_file(folder / ADAPTER).items():
+            own = name.removeprefix("base_model.model.").replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
+            with torch.no_grad():
+                parameters[own].copy_(tensor)
+    moments = load_file(folder / OPTIMIZER)
+    for name, parameter in trainable(network).items():
+        entries = {key: moments[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in moments}
+        if entries:
+            # The step count stays on the CPU, as AdamW keeps it (fused AdamW wants it beside the parameter).
+            fused = optimizer.param_groups[0].get("fused")
+            optimizer.state[parameter] = {
+                key: value.to(parameter.device) if key != "step" or fused else value for key, value in entries.items()
+            }
+    state = read_json(folder / STATE)
+    return Progress(state["step"], state["samples"], state["tokens"], state["seconds"])
+
+
+def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """'train.seed: 42 -> 43' for every field that differs."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += changed_fields(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
