@@ -13,8 +13,15 @@ import typer
 
 from intervale import __version__
 from intervale.cli import prepare
+from intervale.cli.chat import chat
 from intervale.cli.check import check
+from intervale.cli.convert import convert
+from intervale.cli.doctor import doctor
+from intervale.cli.export import export
+from intervale.cli.info import info
+from intervale.cli.init import init
 from intervale.cli.output import note
+from intervale.cli.train import train
 from intervale.core.errors import UserError
 from intervale.core.lang import say, set_language
 
@@ -27,7 +34,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(prepare.app, name="prepare")
-app.command()(check)
+for command in (check, train, export, chat, init, convert, info, doctor):
+    app.command()(command)
 
 
 def _version(shown: bool) -> None:

@@ -14,11 +14,15 @@ from intervale.core.errors import UserError
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe (docs/recipe.md has every key; recipes/ has some to start from).")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: --set train.epochs=3. Repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value: --set train.epochs=3. Repeatable.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (default: `out` of the recipe, else runs/NAME).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; an earlier run is kept beside as NAME.old-1.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print steps, tokens, trainable parameters and memory; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print steps, tokens, trainable parameters and memory; write nothing.")
+    ] = False,
 ) -> None:
     """Tune a model: LoRA or full, on a CPU, a GPU, or several (torchrun)."""
     if resume and fresh:

@@ -56,7 +56,9 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where
-        raise UserError(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}", "correct the line (mind spaces and colons)") from error
+        raise UserError(
+            f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}", "correct the line (mind spaces and colons)"
+        ) from error
 
 
 def load_recipe(path: Path, model: type[Recipe], overrides: Sequence[str] = ()) -> Recipe:
@@ -102,8 +104,14 @@ def _explain(entry: Any, model: type[BaseModel]) -> str:
     if entry["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
         every = known or list(model.model_fields)
-        elsewhere = [f"{section}.{field}" for section in model.model_fields for field in _fields_at(model, (section,)) if field == location[-1]]
-        hint = f" (did you mean {elsewhere[0]!r}?)" if elsewhere and not nearest(str(location[-1]), every) else nearest(str(location[-1]), every)
+        elsewhere = [
+            f"{section}.{field}" for section in model.model_fields for field in _fields_at(model, (section,)) if field == location[-1]
+        ]
+        hint = (
+            f" (did you mean {elsewhere[0]!r}?)"
+            if elsewhere and not nearest(str(location[-1]), every)
+            else nearest(str(location[-1]), every)
+        )
         return f"unknown key {name!r}{hint}"
     if entry["type"] == "missing":
         return f"{name} is missing"

@@ -109,7 +109,9 @@ def _choices(item: dict[str, Any], where: str) -> tuple[tuple[str, ...], int | N
     if answer is None:
         return choices, None
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
-        raise UserError(f"{where}: 'answer' is {answer!r}, but there are {len(choices)} choices", "give the index of the right choice, from 0")
+        raise UserError(
+            f"{where}: 'answer' is {answer!r}, but there are {len(choices)} choices", "give the index of the right choice, from 0"
+        )
     return choices, answer
 
 
@@ -119,7 +121,9 @@ def parse_record(item: Any, where: str, root: Path, number: int = 1) -> Record:
         raise UserError(f"{where}: a line must be a JSON object", 'start it with {"messages": ...')
     for key in item:
         if key not in _KEYS:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(key, _KEYS)}", f"use only {', '.join(_KEYS)}; own labels go under 'tags'")
+            raise UserError(
+                f"{where}: unknown key {key!r}{nearest(key, _KEYS)}", f"use only {', '.join(_KEYS)}; own labels go under 'tags'"
+            )
     messages, images = _messages(item.get("messages"), where), _images(item.get("images") or [], where)
     marks = sum(m.content.count(IMAGE) for m in messages)
     if marks != len(images):

@@ -92,7 +92,9 @@ def measure(record: Record, tokenizer: Tokenizer, template: Template, tiling: Ti
 
     Raises: UserError when it is longer than `max_length`, has nothing to train on, or a header cannot be read.
     """
-    counts = [tiling.tiles_of(*picture_size(inside(record.root, image, record.where), f"{record.where}: {image}")) for image in record.images]
+    counts = [
+        tiling.tiles_of(*picture_size(inside(record.root, image, record.where), f"{record.where}: {image}")) for image in record.images
+    ]
     prompt = _prompt(record, counts, tokenizer, template, tiling)
     size = Size(len(prompt.ids_S), int(prompt.trained_S.sum()), sum(counts))
     if any(not message.content.strip() for message in record.messages if message.role == "assistant") or size.targets == 0:

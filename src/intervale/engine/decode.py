@@ -36,7 +36,7 @@ def encode_tiles(model: Model, tiles_PHWC: np.ndarray) -> torch.Tensor:
     """(tiles, tokens a tile, width): the tiles' features, a few tiles at a time."""
     dtype = model.network.dtype
     parts = []
-    for chunk in torch.from_numpy(tiles_PHWC).split(_TILES_AT_ONCE):
+    for chunk in torch.tensor(tiles_PHWC).split(_TILES_AT_ONCE):
         parts.append(picture_features(model.network, normalise(chunk.to(model.device), dtype)))
     return torch.cat(parts)
 
@@ -46,7 +46,9 @@ def prefill(model: Model, ids_S: np.ndarray, features: torch.Tensor | None) -> P
     """Run a prompt through the network once. Raises: UserError when it is longer than the model's context."""
     limit = model.network.config.text_config.max_position_embeddings
     if len(ids_S) >= limit:
-        raise UserError(f"the prompt has {len(ids_S)} tokens; the model's context is {limit}", "use fewer or smaller pictures, or lower the tiles")
+        raise UserError(
+            f"the prompt has {len(ids_S)} tokens; the model's context is {limit}", "use fewer or smaller pictures, or lower the tiles"
+        )
     ids_BS = torch.from_numpy(ids_S)[None].to(model.device)
     embedded = embed(model.network, ids_BS, features, model.network.config.image_token_id)
     cache = DynamicCache()

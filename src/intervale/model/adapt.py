@@ -9,7 +9,7 @@ vision tower, so whole paths are matched.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ def lora_pattern(targets: str, model_type: str) -> str:
 
 def attach_lora(network: InternVLForConditionalGeneration, rank: int, alpha: float, dropout: float, targets: str) -> None:
     """Add trainable LoRA layers to the network in place (float32, B = 0: the first output is the base's)."""
+    if "head" in targets.split("+") and network.config.tie_word_embeddings:
+        raise UserError("lora.targets names head, but this model's output layer is its embedding (tied)", "leave head out")
     pattern = lora_pattern(targets, network.config.text_config.model_type)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, task_type="CAUSAL_LM")  # type: ignore[arg-type]
     get_peft_model(network, config, autocast_adapter_dtype=True)
@@ -77,23 +79,25 @@ def trained_tensors(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in network.named_parameters() if p.requires_grad and ".lora_" not in name}
 
 
-def merged_tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """{native name: W + scale * B A} of every LoRA layer, in float32 on the CPU.
+def merge_into(network: torch.nn.Module, dtype_of: Callable[[str], torch.dtype]) -> dict[str, torch.Tensor]:
+    """Fold LoRA into the weights in place, and return every changed tensor: {native name: tensor in its stored type}.
 
-    Raises: UserError when every B is zero: such an adapter changes nothing, and exporting it would be a silent no-op.
+    W + scale * B A is computed in float32 and rounded once, to `dtype_of(name)`; the network gets the rounded values (and its
+    LoRA B becomes 0), so that its outputs are those a reload must give. Trained tensors are rounded the same way.
     """
-    merged: dict[str, torch.Tensor] = {}
-    changed = False
-    for name, layer in _lora_layers(network):
-        delta = torch.zeros(0)
-        for adapter in layer.active_adapters:
-            first, second = layer.lora_A[adapter].weight.detach().float(), layer.lora_B[adapter].weight.detach().float()
-            changed |= bool(second.any())
-            delta = layer.scaling[adapter] * (second @ first)
-        merged[f"{name}.weight"] = (layer.base_layer.weight.detach().float() + delta).cpu()
-    if merged and not changed:
-        raise UserError("the adapter changes nothing: every LoRA B is zero", "train it first; export refuses a silent no-op")
-    return merged
+    changed: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for name, layer in _lora_layers(network):
+            weight = layer.base_layer.weight
+            total = weight.float()
+            for adapter in layer.active_adapters:
+                first, second = layer.lora_A[adapter].weight.float(), layer.lora_B[adapter].weight.float()
+                total = total + layer.scaling[adapter] * (second @ first)
+                layer.lora_B[adapter].weight.zero_()
+            native = f"{name}.weight"
+            changed[native] = total.to("cpu", dtype_of(native))
+            weight.copy_(changed[native])
+    return changed
 
 
 def save_trained(folder: Path, network: torch.nn.Module, base: dict[str, str]) -> None:
@@ -150,7 +154,18 @@ def base_folder(folder: Path) -> Path:
     return path
 
 
-def adapted_network(network: InternVLForConditionalGeneration, folder: Path, *, trainable: bool = False) -> InternVLForConditionalGeneration:
+def trained_tiles(folder: Path) -> tuple[int | None, int | None]:
+    """(least, most) tiles a picture that the recipe of a run or checkpoint asked for; None where it left them to the model."""
+    checkpoint = checkpoint_of(folder)
+    if checkpoint is None or not (checkpoint / "state.json").is_file():
+        return None, None
+    data = read_json(checkpoint / "state.json")["identity"]["recipe"]["data"]
+    return data["min_tiles"], data["max_tiles"]
+
+
+def adapted_network(
+    network: InternVLForConditionalGeneration, folder: Path, *, trainable: bool = False
+) -> InternVLForConditionalGeneration:
     """The base network with a checkpoint's adapter and tensors applied, in place."""
     checkpoint = checkpoint_of(folder)
     assert checkpoint is not None

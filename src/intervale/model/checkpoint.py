@@ -119,7 +119,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for file in weight_files(folder):
         for name, info in read_header(folder / file).items():
             if name in tensors:
-                raise UserError(f"{folder}: {name} stands in {tensors[name].file} and in {file}", "remove the file that does not belong to the model")
+                raise UserError(
+                    f"{folder}: {name} stands in {tensors[name].file} and in {file}", "remove the file that does not belong to the model"
+                )
             tensors[name] = info
     return Checkpoint(folder, tensors)
 
@@ -131,10 +133,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return {name: TensorInfo(path.name, DTYPES[part.get_dtype()], tuple(part.get_shape())) for name, part in slices.items()}
     except KeyError as error:
-        raise UserError(f"{path}: the type {error} is not known{nearest(str(error), DTYPES)}", "convert the tensors to a common type first") from error
+        raise UserError(
+            f"{path}: the type {error} is not known{nearest(str(error), DTYPES)}", "convert the tensors to a common type first"
+        ) from error
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{path}: not a readable safetensors file ({str(error)[:120]})", "it is cut short or another format under this name; download it again"
+            f"{path}: not a readable safetensors file ({str(error)[:120]})",
+            "it is cut short or another format under this name; download it again",
         ) from error
 
 

@@ -18,7 +18,7 @@ from intervale.core.errors import UserError
 from intervale.core.files import need_space, read_json, staged_folder
 from intervale.model import families, layout
 from intervale.model.checkpoint import write_index
-from intervale.model.hf_files import LAYOUT, write_hf_side, write_official_side
+from intervale.model.hf_files import LAYOUT, set_tiles, write_hf_side, write_official_side
 from intervale.model.source import NO_IMAGE_TOKEN, OFFICIAL_SIDE, Source, open_source
 
 
@@ -31,11 +31,14 @@ def convert(
     overrides: Mapping[str, torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
     notes: Mapping[str, str] | None = None,
+    tiles: tuple[int, int] | None = None,
+    verify: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the model of `src` into the new folder `dst` as 'hf' or 'official'.
 
     `overrides` replaces native tensors (what training changed); they take the stored type of what they replace. `dtype` casts
-    every floating tensor. `notes` are extra files (name -> text). Raises: UserError; then `dst` does not exist.
+    every floating tensor. `notes` are extra files (name -> text); `tiles` (least, most) goes into the tiling settings.
+    `verify` sees the finished folder before it gets its name. Raises: UserError; then `dst` does not exist.
     """
     source = open_source(src, image_token_id)
     if to == "hf" and source.config.image_token_id == NO_IMAGE_TOKEN:
@@ -50,9 +53,13 @@ def convert(
             write_hf_side(source, folder, dtype)
         else:
             write_official_side(source, folder, dtype)
+        if tiles is not None:
+            set_tiles(folder, *tiles)
         for name, text in (notes or {}).items():
             (folder / name).write_text(text)
         open_source(folder, None if to == "hf" else image_token_id)  # what was written is read as strictly as any source
+        if verify is not None:
+            verify(folder)
 
 
 def _targets(source: Source, to: str) -> dict[str, list[tuple[str, layout.Move | None, str]]]:
@@ -113,7 +120,8 @@ def _native_reader(
 
     def stored(read: Callable[[str], torch.Tensor], native: str) -> torch.Tensor:
         if source.kind == "hf":
-            return read(disk.get(native, "language_model.model.embed_tokens.weight"))
+            # A tied output layer is the embedding; a copy, because one file may not hold the same memory twice.
+            return read(disk[native]) if native in disk else read(disk["model.language_model.embed_tokens.weight"]).clone()
         move = owner[native]
         if move.official not in kept:
             kept.clear()

@@ -6,6 +6,7 @@ classes (a key missing in config.json means the class's default, which is often 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,9 @@ def backbone_of(official: dict[str, Any], where: str) -> tuple[str, Backbone]:
         raise UserError(f"{where}: no llm_config.architectures", "use the config.json of an InternVL chat model")
     name = str(architectures[0])
     if name not in BACKBONES:
-        raise UserError(f"{where}: the text backbone {name} is not supported{nearest(name, BACKBONES)}", f"supported: {', '.join(BACKBONES)}")
+        raise UserError(
+            f"{where}: the text backbone {name} is not supported{nearest(name, BACKBONES)}", f"supported: {', '.join(BACKBONES)}"
+        )
     return name, BACKBONES[name]
 
 
@@ -55,12 +58,23 @@ def refuse_unsupported(official: dict[str, Any], where: str) -> None:
     """Raise a UserError for settings that the native model would silently compute otherwise."""
     version = official.get("ps_version", "v1")
     if version != "v2":
-        raise UserError(f"{where}: ps_version is {version!r}; only 'v2' is supported", "use InternVL 1.5 or newer (1.1 and 1.2 shuffle pixels otherwise)")
+        raise UserError(
+            f"{where}: ps_version is {version!r}; only 'v2' is supported",
+            "use InternVL 1.5 or newer (1.1 and 1.2 shuffle pixels otherwise)",
+        )
     if official.get("pad2square"):
         raise UserError(f"{where}: pad2square is set, which is not supported", "use a model that tiles its pictures")
+    vision = official.get("vision_config") or {}
+    if vision.get("qk_normalization", True) and vision.get("layer_norm_eps", 1e-6) != 1e-6:
+        raise UserError(
+            f"{where}: vision_config.layer_norm_eps is {vision['layer_norm_eps']} with qk_normalization, which the native tower computes with 1e-6",
+            "only towers with layer_norm_eps 1e-6 (all published ones) can be loaded with qk_normalization",
+        )
     for key in ("use_backbone_lora", "use_llm_lora"):
         if official.get(key):
-            raise UserError(f"{where}: {key} is set: the checkpoint still carries LoRA weights", "merge them first (InternVL's tools/merge_lora.py)")
+            raise UserError(
+                f"{where}: {key} is set: the checkpoint still carries LoRA weights", "merge them first (InternVL's tools/merge_lora.py)"
+            )
 
 
 def _need(config: Any, keys: tuple[str, ...], where: str, section: str) -> dict[str, Any]:
@@ -69,11 +83,13 @@ def _need(config: Any, keys: tuple[str, ...], where: str, section: str) -> dict[
     for key in keys:
         value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise UserError(f"{where}: {section}.{key} is {value!r}", "it must be a positive whole number; take config.json from the model's source")
+            raise UserError(
+                f"{where}: {section}.{key} is {value!r}", "it must be a positive whole number; take config.json from the model's source"
+            )
     return config
 
 
-def _rope(llm: dict[str, Any], default_theta: float) -> dict[str, Any]:
+def _rope(llm: dict[str, Any], default_theta: float, arch: str) -> dict[str, Any]:
     """rope_theta and rope_scaling {'type', ...} as transformers 5's rope_parameters."""
     given = llm.get("rope_parameters")
     if isinstance(given, dict):
@@ -84,6 +100,10 @@ def _rope(llm: dict[str, Any], default_theta: float) -> dict[str, Any]:
         rest = {key: value for key, value in scaling.items() if key not in ("type", "rope_type")}
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
         rope |= {"rope_type": "longrope" if kind == "su" else kind, **rest}
+        if arch == "Phi3ForCausalLM" and kind == "yarn":
+            # What the official Phi3 code calls yarn has longrope's frequencies and yarn's attention factor.
+            stretch = llm["max_position_embeddings"] / llm.get("original_max_position_embeddings", 4096)
+            rope |= {"rope_type": "longrope", "attention_factor": 0.1 * math.log(stretch) + 1.0 if stretch > 1 else 1.0}
     return rope
 
 
@@ -95,7 +115,7 @@ def text_config(llm: dict[str, Any], arch: str) -> Any:
         "hidden_act": llm.get("hidden_act", "silu"),
         "rms_norm_eps": llm.get("rms_norm_eps", 1e-5 if arch == "Phi3ForCausalLM" else 1e-6),
         "initializer_range": llm.get("initializer_range", 0.02),
-        "rope_parameters": _rope(llm, 10000.0),
+        "rope_parameters": _rope(llm, 10000.0, arch),
         "tie_word_embeddings": bool(llm.get("tie_word_embeddings", False)),
         "attention_dropout": llm.get("attention_dropout", 0.0),
         "architectures": [BACKBONES[arch].native],
@@ -108,6 +128,8 @@ def text_config(llm: dict[str, Any], arch: str) -> Any:
         return LlamaConfig(head_dim=llm.get("head_dim"), **bias, **common)
     window = {"sliding_window": llm.get("sliding_window")}
     if arch == "Phi3ForCausalLM":
+        if window["sliding_window"] is not None:
+            window["sliding_window"] += 1  # the official mask keeps the token itself and W before it, the native one W in all
         drops = {key: llm.get(key, 0.0) for key in ("resid_pdrop", "embd_pdrop")}
         return Phi3Config(original_max_position_embeddings=llm.get("original_max_position_embeddings", 4096), **drops, **window, **common)
     window |= {"use_sliding_window": bool(llm.get("use_sliding_window", False)), "max_window_layers": llm.get("max_window_layers", 28)}
@@ -200,6 +222,15 @@ def official_config(config: InternVLConfig, arch: str, dtype: str) -> dict[str, 
     text["rope_theta"] = rope.pop("rope_theta", 10000.0)
     kind = rope.pop("rope_type", "default")
     text["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+    if arch == "Phi3ForCausalLM":  # the reverse of text_config's three rules
+        if kind == "longrope":
+            name = "yarn" if "attention_factor" in rope else "su"
+            text["rope_scaling"] = {"type": name, "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
+            text["original_max_position_embeddings"] = rope.get(
+                "original_max_position_embeddings", text["original_max_position_embeddings"]
+            )
+        if text.get("sliding_window") is not None:
+            text["sliding_window"] -= 1
     text |= {"architectures": [arch], "torch_dtype": dtype}
     own = {key: getattr(config, key, None) for key in ("force_image_size", "min_dynamic_patch", "max_dynamic_patch", "template")}
     return {
@@ -224,7 +255,9 @@ def official_config(config: InternVLConfig, arch: str, dtype: str) -> dict[str, 
             "architectures": ["InternVisionModel"],
             "model_type": "intern_vit_6b",
             **{key: getattr(vision, key) for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
-            **{key: getattr(vision, key) for key in ("attention_dropout", "hidden_act", "initializer_range", "layer_norm_eps", "norm_type")},
+            **{
+                key: getattr(vision, key) for key in ("attention_dropout", "hidden_act", "initializer_range", "layer_norm_eps", "norm_type")
+            },
             "dropout": vision.hidden_dropout_prob,
             "drop_path_rate": 0.0,
             "image_size": vision.image_size[0],

@@ -38,7 +38,9 @@ def picture_features(network: InternVLForConditionalGeneration, pixels_PCHW: tor
     return network.model.multi_modal_projector(tower_features(network, pixels_PCHW))
 
 
-def embed(network: InternVLForConditionalGeneration, ids_BS: torch.Tensor, features: torch.Tensor | None, image_token_id: int) -> torch.Tensor:
+def embed(
+    network: InternVLForConditionalGeneration, ids_BS: torch.Tensor, features: torch.Tensor | None, image_token_id: int
+) -> torch.Tensor:
     """Token embeddings with the pictures' features in place of `<IMG_CONTEXT>`.
 
     The counts must agree: a silent mismatch is how other trainers lose pictures.

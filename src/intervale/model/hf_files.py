@@ -22,7 +22,15 @@ from intervale.model.tokenizer import Tokenizer, load_tokenizer, with_bos
 
 LAYOUT = "layout.json"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".index.json")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
 _DOCUMENTS = ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt")
 _BICUBIC = 3  # PIL's number, as transformers stores it
 
@@ -152,3 +160,14 @@ def write_official_side(source: Source, folder: Path, dtype: torch.dtype | None)
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
     _write(folder / "config.json", families.official_config(source.config, source.arch, _main_dtype(source, dtype)))
+
+
+def set_tiles(folder: Path, least: int, most: int) -> None:
+    """Write the tiles a model was tuned with into every file that says how pictures are cut."""
+    names = {"config.json": "_dynamic_patch", f"{OFFICIAL_SIDE}/config.json": "_dynamic_patch", "preprocessor_config.json": "_patches"}
+    for name, ending in names.items():
+        path = folder / name
+        if path.is_file():
+            config = read_json(path)
+            config |= {f"min{ending}": least, f"max{ending}": most}
+            _write(path, config)

@@ -59,7 +59,12 @@ _SAME_NAMES: list[tuple[str, ...]] = [
 RENAMES = {"internlm2": _VISION + _INTERNLM2, "same": _VISION + _SAME_NAMES}
 
 # native prefix -> disk prefix (what transformers' own save_pretrained writes, and the only names LMDeploy's TurboMind takes)
-_DISK = [(_LLM, "language_model.model."), (_VIT, "vision_tower."), (_PROJECTOR, "multi_modal_projector."), ("lm_head.", "language_model.lm_head.")]
+_DISK = [
+    (_LLM, "language_model.model."),
+    (_VIT, "vision_tower."),
+    (_PROJECTOR, "multi_modal_projector."),
+    ("lm_head.", "language_model.lm_head."),
+]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from intervale.core.files import read_json
 from intervale.data.prompt import Template, stop_ids, template_named
 from intervale.data.tiling import Tiling
 from intervale.model import families
-from intervale.model.adapt import adapted_network, base_folder
+from intervale.model.adapt import adapted_network, base_folder, trained_tiles
 from intervale.model.source import NO_IMAGE_TOKEN, Source, build_network, folder_kind, open_source
 from intervale.model.tokenizer import Tokenizer, load_tokenizer
 
@@ -166,17 +166,25 @@ def text_side(folder: Path) -> TextSide:
         name = raw.get("template") or "internvl2_5"
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
-        raise UserError(f"{folder}: no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)", "copy the tokenizer files into it")
+        raise UserError(
+            f"{folder}: no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)", "copy the tokenizer files into it"
+        )
     return TextSide(tokenizer, template_named(name, where), _tiling(folder, raw, kind))
 
 
 def load_text_side(name: str | Path) -> TextSide:
     """`text_side` of MODEL (a folder, a run, or a hub id)."""
-    return text_side(base_folder(resolve_model(name)))
+    folder = resolve_model(name)
+    side = text_side(base_folder(folder))
+    return replace(side, tiling=narrow(side.tiling, *trained_tiles(folder)))
 
 
 def load_model(
-    folder_or_id: str | Path, *, dtype: torch.dtype | str | None = None, device: str | torch.device | None = None, max_tiles: int | None = None
+    folder_or_id: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    max_tiles: int | None = None,
 ) -> Model:
     """Network, tokenizer, template and tiling of MODEL: an official or hf folder, a training run, or a hub id.
 
@@ -198,5 +206,17 @@ def load_model(
         )
     if base != folder:
         network = adapted_network(network, folder)
-    tiling = side.tiling if max_tiles is None else replace(side.tiling, max_tiles=max_tiles, min_tiles=min(side.tiling.min_tiles, max_tiles))
+    least, most = trained_tiles(folder)
+    tiling = narrow(narrow(side.tiling, least, most), None, max_tiles)
     return Model(network, side.tokenizer, side.template, tiling, str(folder_or_id), folder)
+
+
+def narrow(tiling: Tiling, least: int | None, most: int | None) -> Tiling:
+    """The tiling with other limits; None keeps one, and the least never exceeds the most unless both were given so."""
+    most = tiling.max_tiles if most is None else most
+    least = min(tiling.min_tiles, most) if least is None else least
+    if not 1 <= least <= most:
+        raise UserError(
+            f"at least {least} and at most {most} tiles a picture cannot both hold", "give at least 1, and a minimum below the maximum"
+        )
+    return replace(tiling, min_tiles=least, max_tiles=most)

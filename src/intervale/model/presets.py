@@ -98,7 +98,8 @@ def preset_config(preset: str, vocabulary: int) -> dict[str, Any]:
         "downsample_ratio": 0.5,
         "dynamic_image_size": True,
         "force_image_size": vision["image_size"],
-        "llm_config": llm | {"vocab_size": vocabulary, "max_position_embeddings": context, "tie_word_embeddings": False, "torch_dtype": dtype},
+        "llm_config": llm
+        | {"vocab_size": vocabulary, "max_position_embeddings": context, "tie_word_embeddings": False, "torch_dtype": dtype},
         "max_dynamic_patch": tiles,
         "min_dynamic_patch": 1,
         "pad2square": False,

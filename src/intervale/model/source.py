@@ -23,6 +23,7 @@ from intervale.model.checkpoint import Checkpoint, open_checkpoint, weight_files
 from intervale.model.tokenizer import load_tokenizer
 
 OFFICIAL_SIDE = "official_source"  # inside an hf folder: config.json, code and tokenizer files of the official one it came from
+_OFFICIAL_HEADS = {"language_model.output.weight", "language_model.lm_head.weight"}
 NO_IMAGE_TOKEN = -1  # the id could not be looked up; the network works, but nobody can place a picture by id
 
 
@@ -84,7 +85,10 @@ def folder_kind(folder: Path) -> str:
     if config.get("model_type") == "internvl":
         return "hf"
     found = config.get("model_type") or config.get("architectures")
-    raise UserError(f"{folder}: not an InternVL model (config.json says {found})", "use a folder of the InternVL family, in the official or the hf format")
+    raise UserError(
+        f"{folder}: not an InternVL model (config.json says {found})",
+        "use a folder of the InternVL family, in the official or the hf format",
+    )
 
 
 def build_network(config: InternVLConfig) -> InternVLForConditionalGeneration:
@@ -130,14 +134,19 @@ def open_source(folder: Path, image_token_id: int | None = None) -> Source:
             config = _native_config(folder, raw, where)
             if image_token_id is not None:
                 config.image_token_id = image_token_id
+        checkpoint = open_checkpoint(folder)
+        if official is not None and not checkpoint.tensors.keys().isdisjoint(_OFFICIAL_HEADS):
+            # The official code never ties: a stored output layer is used, whatever the flag says.
+            config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
         network = build_network(config)
     except UserError:
         raise
     except Exception as error:  # transformers validates values with exceptions of many kinds
-        raise UserError(f"{where}: {str(error).strip().splitlines()[-1][:300]}", "correct this value; take config.json from the model's source") from error
+        raise UserError(
+            f"{where}: {str(error).strip().splitlines()[-1][:300]}", "correct this value; take config.json from the model's source"
+        ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     moves = tuple(layout.plan_moves(shapes, families.BACKBONES[arch].style))
-    checkpoint = open_checkpoint(folder)
     optional = set()
     if config.tie_word_embeddings:
         optional = {move.official for move in moves if move.natives == ("lm_head.weight",)} | {"lm_head.weight"}

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Backend
 from intervale.core.errors import UserError
 from intervale.core.files import read_json
 from intervale.data.prompt import IMG_CONTEXT
-from intervale.model.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_pieces
+from intervale.model.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_pieces
 
 VISION_SPECIALS = ("<img>", "</img>", IMG_CONTEXT, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 # InternLM2 chat renames six reserved pieces (source: the official tokenizer_config.json).
@@ -52,7 +52,10 @@ class Tokenizer:
         """The id of a control token. Raises: UserError when the vocabulary lacks it."""
         number = self.backend.token_to_id(token)
         if number is None:
-            raise UserError(f"{self.source}: the vocabulary has no {token}", "this is not an InternVL chat tokenizer; use the model's own tokenizer files")
+            raise UserError(
+                f"{self.source}: the vocabulary has no {token}",
+                "this is not an InternVL chat tokenizer; use the model's own tokenizer files",
+            )
         return number
 
     def eats_space(self, token: str) -> bool:

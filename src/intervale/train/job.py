@@ -20,9 +20,8 @@ from intervale.core.lang import say
 from intervale.core.records import Record, data_digest, read_records
 from intervale.core.runlog import versions
 from intervale.data.dataset import Size, measure
-from intervale.data.tiling import Tiling
 from intervale.model.adapt import checkpoint_of
-from intervale.model.load import TextSide, default_device, load_network, resolve_model, text_side
+from intervale.model.load import TextSide, default_device, load_network, narrow, resolve_model, text_side
 from intervale.model.source import build_network, fingerprint, open_source
 from intervale.train.parallel import World
 from intervale.train.prepare import Cost, choose_checkpointing, estimate, free_memory, freeze_and_adapt, precision_of
@@ -69,14 +68,6 @@ class Job:
         return {"base": base, "recipe": recipe, "data": data_digest(self.train)}
 
 
-def _narrow(tiling: Tiling, recipe: TrainRecipe) -> Tiling:
-    most = recipe.data.max_tiles or tiling.max_tiles
-    least = recipe.data.min_tiles or min(tiling.min_tiles, most)
-    if least > most:
-        raise UserError(f"data.min_tiles {least} is more than data.max_tiles {most}", "give a smaller data.min_tiles")
-    return replace(tiling, max_tiles=most, min_tiles=least)
-
-
 def _measure_all(records: list[Record], side: TextSide, max_length: int) -> list[Size]:
     """Every item's size; all faults at once."""
     sizes, faults = [], []
@@ -99,7 +90,7 @@ def read_job(recipe: TrainRecipe, name: str, tell: Tell) -> Job:
     if checkpoint_of(base) is not None:
         raise UserError(f"model: {base} is a training run, not a model", f"export it first: intervale export {base} DIR --format hf")
     side = text_side(base)
-    side = replace(side, tiling=_narrow(side.tiling, recipe))
+    side = replace(side, tiling=narrow(side.tiling, recipe.data.min_tiles, recipe.data.max_tiles))
     train = read_records(Path(recipe.data.train))
     held = read_records(Path(recipe.data.eval)) if recipe.data.eval else []
     sizes = _measure_all(train, side, recipe.data.max_length)
@@ -127,7 +118,9 @@ def open_folder(job: Job, resume: bool, fresh: bool) -> str:
         return "done"
     if resume:
         return "resume"
-    raise UserError(f"{folder} holds a run that is not finished ({status})", "--resume continues it, --fresh starts over (and keeps the old one aside)")
+    raise UserError(
+        f"{folder} holds a run that is not finished ({status})", "--resume continues it, --fresh starts over (and keeps the old one aside)"
+    )
 
 
 def write_run(job: Job, status: str, extra: dict[str, Any] | None = None) -> None:
@@ -171,7 +164,9 @@ def keep_features(job: Job, network: InternVLForConditionalGeneration, dtype: to
     wanted = job.recipe.train.features
     if job.recipe.train.vision != "frozen":
         if wanted == "cache":
-            raise UserError("train.features is cache, but train.vision is not frozen: the features change at every step", "use auto or live")
+            raise UserError(
+                "train.features is cache, but train.vision is not frozen: the features change at every step", "use auto or live"
+            )
         return False, "the vision tower learns"
     if wanted == "live":
         return False, "the recipe says so"

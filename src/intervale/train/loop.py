@@ -212,7 +212,9 @@ def _load(loop: _Loop, index: int) -> Item | None:
             with open(job.folder / "skipped.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"id": record.id, "why": error.what}, ensure_ascii=False) + "\n")
         if len(loop.skipped) > max(1, _BAD_SHARE * len(job.train)):
-            raise UserError(f"{len(loop.skipped)} items cannot be read; the last: {error.what}", "run `intervale check` on the data") from error
+            raise UserError(
+                f"{len(loop.skipped)} items cannot be read; the last: {error.what}", "run `intervale check` on the data"
+            ) from error
         return None
 
 

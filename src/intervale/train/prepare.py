@@ -121,4 +121,3 @@ def choose_checkpointing(network: InternVLForConditionalGeneration, recipe: Trai
     if on:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return on
-

@@ -1,0 +1,40 @@
+"""`intervale export RUN_OR_MODEL DST --format hf|official`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intervale.cli.output import emit_json, note, result
+from intervale.core.lang import say
+
+
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A training run, a checkpoint, a model folder, or a hub id.")],
+    dst: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.")],
+    to: Annotated[str, typer.Option("--format", help="hf (transformers, vLLM, LMDeploy) or official (OpenGVLab's own names).")],
+    dtype: Annotated[str, typer.Option(help="source (keep each tensor's stored type), float32, bfloat16 or float16.")] = "source",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the proof as JSON.")] = False,
+) -> None:
+    """Merge what was trained, write it, reload it, and compare logits before saying done."""
+    if to not in ("hf", "official"):
+        raise typer.BadParameter("use hf or official", param_hint="--format")
+    from intervale.export.export import export as run
+    from intervale.model.load import as_dtype, resolve_model
+
+    proof = run(resolve_model(source), dst, to, dtype=None if dtype == "source" else as_dtype(dtype), tell=note)
+    if as_json:
+        emit_json({"folder": str(dst), "format": to, **asdict(proof)})
+        return
+    result(
+        say(
+            f"done: {dst} ({to}); {proof.changed_tensors} tensors changed; reloaded logits differ by {proof.reload_difference:.2g} at most, "
+            f"from the adapter model by {proof.rounding_difference:.2g} (largest logit {proof.largest_logit:.3g}), "
+            f"{proof.same_top_token:.1%} of the most likely tokens are the same",
+            f"完成：{dst}（{to}）；改动 {proof.changed_tensors} 个张量；重新载入后 logits 最大差 {proof.reload_difference:.2g}，"
+            f"与适配器模型最大差 {proof.rounding_difference:.2g}（最大 logit {proof.largest_logit:.3g}），最可能 token 一致率 {proof.same_top_token:.1%}",
+        )
+    )

@@ -1,0 +1,135 @@
+"""A data set folder from samples: train.jsonl, eval.jsonl, images/, and dataset.json, its card. Complete or absent.
+
+Promises: every picture is decoded once before anything is written; all faults are told together; picture files are copied
+byte by byte; the same input and seed give the same files. Cost: one decode and one copy a picture.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from intervale.core.errors import UserError
+from intervale.core.files import need_space, refuse_existing, sha256_file, staged_folder, write_atomic, write_json
+from intervale.core.records import data_digest, to_json
+from intervale.data.formats import Fault, Reading, Sample
+from intervale.data.split import Look, divide, look_at, ties_of
+
+LISTED = 20  # faults shown in one error
+_COUNTED = ("question_type", "cuisine")
+
+
+def _usable(reading: Reading, looks: dict[Path, Look]) -> tuple[list[Sample], list[Fault]]:
+    """The samples whose pictures all decode, and every fault of the reading and of the pictures."""
+    good, faults = [], list(reading.faults)
+    for sample in reading.samples:
+        bad = [(name, looks[file].fault) for name, file in zip(sample.record.images, sample.files, strict=True) if looks[file].fault]
+        faults += [Fault(sample.record.where, "picture", f"{name}: {fault[0]}", fault[1]) for name, fault in bad if fault]
+        if not bad:
+            good.append(sample)
+    return good, faults
+
+
+def refuse_faults(faults: Sequence[Fault], source: Path) -> None:
+    """Raise one UserError that lists the faults (the first 20) and counts them all."""
+    places = len({fault.where for fault in faults})
+    lines = [f"  {fault.where.removeprefix(f'{source}: ')}: {fault.what}" for fault in faults[:LISTED]]
+    more = [f"  ... and {len(faults) - LISTED} more"] if len(faults) > LISTED else []
+    raise UserError(
+        "\n".join([f"{source}: {places} faulty item{'s' * (places != 1)}; nothing was written", *lines, *more]),
+        "correct them, or leave them out with --skip-bad (each is then listed in skipped.jsonl)",
+    )
+
+
+def _places(samples: Sequence[Sample]) -> dict[str, Path]:
+    """Name under the output folder -> source file. Raises: UserError when two files want one name."""
+    places: dict[str, Path] = {}
+    for sample in samples:
+        for name, file in zip(sample.record.images, sample.files, strict=True):
+            if places.setdefault(name, file) != file:
+                raise UserError(
+                    f"{sample.record.where}: {file} and {places[name]} would both become {name}",
+                    "rename one of the pictures, or the folder 'images' below the image folder",
+                )
+    return places
+
+
+def _part_facts(path: Path, samples: Sequence[Sample]) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "items": len(samples),
+        "pictures": len({name for sample in samples for name in sample.record.images}),
+        "sha256": sha256_file(path),
+        "data_digest": data_digest(sample.record for sample in samples),
+    }
+    for tag in _COUNTED:
+        counts = Counter(sample.record.tags[tag] for sample in samples if tag in sample.record.tags)
+        if counts:
+            facts[tag] = dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+    return facts
+
+
+def _parts(
+    samples: list[Sample], looks: dict[Path, Look], fraction: float, seed: int
+) -> tuple[dict[str, list[Sample]], dict[str, Any] | None]:
+    """The samples of each file, and how they were divided (None: they were not)."""
+    if not fraction:
+        return {"train.jsonl": samples}, None
+    ties = [ties_of(sample.record, [looks[file] for file in sample.files]) for sample in samples]
+    division = divide([sample.record.id for sample in samples], ties, fraction, seed)
+    facts = {
+        "kept_apart": "pictures (bytes and pixels), dishes, questions without a picture",
+        "eval_fraction_asked": fraction,
+        "eval_fraction": round(len(division.held_out) / len(samples), 4),
+        "tied_groups": division.groups,
+        "largest_group": division.largest,
+    }
+    return {"train.jsonl": [samples[i] for i in division.train], "eval.jsonl": [samples[i] for i in division.held_out]}, facts
+
+
+def write_dataset(reading: Reading, out: Path, *, fraction: float, seed: int, skip_bad: bool, about: dict[str, Any]) -> dict[str, Any]:
+    """Write the samples to the new folder `out` and return its card (`about` and what was counted).
+
+    `fraction` of the items (0..1) is held out in eval.jsonl; 0 writes train.jsonl alone, and the card says that any score on
+    these items is one on training items. Raises: UserError for faults (unless `skip_bad`), an impossible division, no item
+    left, an existing `out`, a full disk; nothing is written then.
+    """
+    refuse_existing(out)
+    looks = look_at(file for sample in reading.samples for file in sample.files)
+    samples, faults = _usable(reading, looks)
+    if faults and not skip_bad:
+        refuse_faults(faults, reading.source)
+    if not samples:
+        raise UserError(
+            f"{reading.source}: no usable item is left of {len({fault.where for fault in faults})}",
+            "run without --skip-bad to see the faults",
+        )
+    parts, split = _parts(samples, looks, fraction, seed)
+    places = _places(samples)
+    need_space(out, sum(looks[file].size for file in places.values()))
+    with staged_folder(out) as folder:
+        for name, file in places.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+        for name, part in parts.items():
+            write_atomic(folder / name, "".join(to_json(sample.record) + "\n" for sample in part))
+        if faults:
+            write_atomic(folder / "skipped.jsonl", "".join(json.dumps(asdict(fault), ensure_ascii=False) + "\n" for fault in faults))
+        card = {
+            **about,
+            "source_sha256": sha256_file(reading.source),
+            "seed": seed,
+            "all": split is None,
+            "scored_on_training_items": split is None,
+            "split": split,
+            "files": {name: _part_facts(folder / name, part) for name, part in parts.items()},
+            "skipped": len({fault.where for fault in faults}),
+            "counts": reading.counts,
+        }
+        write_json(folder / "dataset.json", card)
+    return card
