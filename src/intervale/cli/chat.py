@@ -55,7 +55,7 @@ def chat(
     _converse(engine, pictures, sampling)
 
 
-def _ask(engine: LocalEngine, turns: list[ChatTurn], question: str, pictures: list, sampling: Sampling) -> list[ChatTurn]:  # type: ignore[type-arg]
+def _ask(engine: LocalEngine, turns: list[ChatTurn], question: str, pictures: list, sampling: Sampling) -> list[ChatTurn]:
     """Stream one answer to stdout; returns the conversation with it."""
     from intervale.engine.api import ChatTurn, Request
 
@@ -74,7 +74,7 @@ def _ask(engine: LocalEngine, turns: list[ChatTurn], question: str, pictures: li
     return [*asked, ChatTurn("assistant", (text,))]
 
 
-def _converse(engine: LocalEngine, pictures: list, sampling: Sampling) -> None:  # type: ignore[type-arg]
+def _converse(engine: LocalEngine, pictures: list, sampling: Sampling) -> None:
     from intervale.core.errors import UserError
     from intervale.data.images import load_picture
 

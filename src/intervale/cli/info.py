@@ -78,7 +78,7 @@ def _run(path: Path) -> dict[str, Any]:
     from intervale.model.adapt import newest_checkpoint
 
     run = read_json(path / "run.json")
-    last = next((entry for entry in reversed(read_metrics(path)) if "loss" in entry), {})
+    last: dict[str, Any] = next((entry for entry in reversed(read_metrics(path)) if "loss" in entry), {})
     newest = newest_checkpoint(path)
     return {
         "kind": "training run",

@@ -177,6 +177,8 @@ def inside(root: Path, relative: str, where: str) -> Path:
     fix = f"put the file below {root} and name it by its path from there"
     try:
         joined = root / relative
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            joined.lstat()  # a name that is too long, or a loop of links, is told here
         resolved = joined.resolve()
         safe = not Path(relative).is_absolute() and resolved.is_relative_to(root.resolve())
     except (ValueError, OSError, RuntimeError) as error:

@@ -39,7 +39,7 @@ class Tiling:
 @cache
 def _grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     # Built and sorted in the official order: among equal products it is the order of the set, and ties look at it.
-    found = set()
+    found: set[tuple[int, int]] = set()
     for most in range(min_tiles, max_tiles + 1):
         found.update((i, j) for i in range(1, most + 1) for j in range(1, most + 1) if min_tiles <= i * j <= max_tiles)
     return tuple(sorted(found, key=lambda grid: grid[0] * grid[1]))

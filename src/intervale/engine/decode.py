@@ -95,7 +95,7 @@ def generate(model: Model, start: Prefilled, sampling: Sampling) -> Iterator[int
         if sampling.temperature <= 0:
             token = int(logits_V.argmax())
         else:
-            weights = torch.softmax(warpers(None, logits_V[None]), -1)  # type: ignore[arg-type]
+            weights = torch.softmax(warpers(None, logits_V[None]), -1)
             token = int(torch.multinomial(weights[0], 1, generator=generator))
         yield token
         if token in stops:

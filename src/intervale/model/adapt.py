@@ -56,7 +56,7 @@ def attach_lora(network: InternVLForConditionalGeneration, rank: int, alpha: flo
     if "head" in targets.split("+") and network.config.tie_word_embeddings:
         raise UserError("lora.targets names head, but this model's output layer is its embedding (tied)", "leave head out")
     pattern = lora_pattern(targets, network.config.text_config.model_type)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, task_type="CAUSAL_LM")
     get_peft_model(network, config, autocast_adapter_dtype=True)
     for layer in _lora_layers(network):
         for parts in (layer[1].lora_A, layer[1].lora_B):
@@ -103,7 +103,7 @@ def merge_into(network: torch.nn.Module, dtype_of: Callable[[str], torch.dtype])
 def save_trained(folder: Path, network: torch.nn.Module, base: dict[str, str]) -> None:
     """Write what training changed, and `base` (name, folder, fingerprint), into an existing folder (a staged one)."""
     if has_lora(network):
-        config = network.peft_config["default"]  # type: ignore[index,operator]
+        config: Any = network.peft_config["default"]  # type: ignore[index]
         config.base_model_name_or_path = base["folder"]
         state = get_peft_model_state_dict(network, save_embedding_layers=False)
         # PEFT's loaders expect the wrapper's prefix, which the bare network does not have.
@@ -174,7 +174,7 @@ def adapted_network(
     if (checkpoint / ADAPTER).is_file():
         read_header(checkpoint / ADAPTER)
         PeftModel.from_pretrained(network, str(checkpoint), is_trainable=trainable)
-    return network if trainable else network.requires_grad_(False).eval()  # type: ignore[no-any-return]
+    return network if trainable else network.requires_grad_(False).eval()
 
 
 def load_trained(network: torch.nn.Module, path: Path) -> None:

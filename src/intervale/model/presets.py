@@ -141,10 +141,7 @@ def _draw(name: str, shape: tuple[int, ...], seed: int, layers: int) -> torch.Te
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     number = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
     generator = torch.Generator().manual_seed(number)
-    if "embed" in name and "projection" not in name:
-        deviation = 0.02
-    else:
-        deviation = 1 / math.sqrt(math.prod(shape[1:]))
+    deviation = 0.02 if "embed" in name and "projection" not in name else 1 / math.sqrt(math.prod(shape[1:]))
     if name.endswith(("o_proj.weight", "down_proj.weight", "projection_layer.weight", "fc2.weight")):
         deviation /= math.sqrt(2 * layers)
     return torch.empty(shape).normal_(0, deviation, generator=generator)
@@ -161,7 +158,7 @@ def init_model(dst: Path, preset: str, tokenizer: Path | None = None, seed: int 
     backend = _tokenizer(preset, tokenizer)
     vocabulary = PRESETS[preset][6] or backend.get_vocab_size(with_added_tokens=True)
     official = preset_config(preset, vocabulary)
-    arch, backbone = families.backbone_of(official, preset)
+    _arch, backbone = families.backbone_of(official, preset)
     config = families.native_config(official, NO_IMAGE_TOKEN, preset)
     shapes = {name: tuple(tensor.shape) for name, tensor in build_network(config).state_dict().items()}
     count = sum(math.prod(shape) for shape in shapes.values())

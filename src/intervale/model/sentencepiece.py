@@ -70,7 +70,8 @@ def read_pieces(path: Path) -> list[PieceEntry]:
                 continue
             entry = dict(_fields(value))
             text, score = entry.get(1, b""), entry.get(2, b"\0\0\0\0")
-            assert isinstance(text, bytes) and isinstance(score, bytes)
+            assert isinstance(text, bytes)
+            assert isinstance(score, bytes)
             pieces.append(PieceEntry(text.decode(), struct.unpack("<f", score)[0], int(entry.get(3, NORMAL))))
         if not any(piece.kind == UNKNOWN for piece in pieces):
             raise ValueError("no vocabulary in it")

@@ -226,8 +226,8 @@ def _steps(loop: _Loop) -> None:
     job, world, recipe = loop.job, loop.world, loop.job.recipe
     shares = []
     for number in range(loop.progress.step, loop.total):
-        items = step_items(len(job.train), job.per_step * world.size, recipe.train.seed, number)
-        shares.append([int(index) for index in items[world.rank :: world.size]])
+        order = step_items(len(job.train), job.per_step * world.size, recipe.train.seed, number)
+        shares.append([int(index) for index in order[world.rank :: world.size]])
     last_plot = last_tell = time.monotonic()
     started, done = time.monotonic(), loop.progress.step
     set_modes(loop.network, recipe, True)

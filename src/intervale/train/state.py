@@ -87,7 +87,7 @@ def verify_checkpoint(folder: Path) -> str:
 
 def choose_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """(the newest checkpoint that verifies, what was skipped and why)."""
-    skipped = []
+    skipped: list[str] = []
     for folder in sorted((run / CHECKPOINTS).glob("step-*"), key=lambda path: path.name, reverse=True):
         fault = verify_checkpoint(folder)
         if not fault:

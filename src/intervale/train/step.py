@@ -59,7 +59,7 @@ def _features(network: InternVLForConditionalGeneration, batch: Batch, compute: 
                         compute.kept[key] = tower_features(network, normalise(tiles, compute.dtype)).cpu()
                 parts.append(compute.kept[key].to(compute.device, non_blocking=True))
         tower = torch.cat(parts)
-    return network.model.multi_modal_projector(tower)  # type: ignore[no-any-return]
+    return network.model.multi_modal_projector(tower)
 
 
 def batch_losses(network: InternVLForConditionalGeneration, batch: Batch, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:

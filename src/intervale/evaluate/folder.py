@@ -1,0 +1,108 @@
+"""An evaluation's folder: protocol.json first, predictions.jsonl as it goes, summary.json last. No torch here.
+
+Promises: what is written stays, a line at a time; a folder without summary.json can be continued by exactly the run that began
+it; a summary is a function of the lines alone. Cost: one small append an item.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from intervale.core.errors import UserError
+from intervale.core.files import disk_errors, parse_json, read_json, read_text, write_json
+from intervale.core.lang import say
+
+PROTOCOL, PREDICTIONS, SUMMARY = "protocol.json", "predictions.jsonl", "summary.json"
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Every leaf in which two JSON values differ, as `place: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in dict.fromkeys([*old, *new]):
+            found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+        return found
+    shown = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+    return [] if old == new else [f"{name}: {shown[0]} -> {shown[1]}"]
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a folder to NAME.old-1 (or the next free number) and return that."""
+    folder = Path(os.path.abspath(folder))
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    os.replace(folder, aside)
+    return aside
+
+
+def open_folder(out: Path, identity: dict[str, Any], fresh: bool, tell: Callable[[str], None]) -> str:
+    """'new', 'resume' or 'done', with protocol.json in place.
+
+    Raises: UserError when `out` holds something else, or an evaluation of another protocol, model or data (listing what differs).
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not (out / PROTOCOL).is_file():
+            raise UserError(f"{out} exists and is not an evaluation", "choose another --out, or remove it")
+        if not fresh:
+            told = differences(read_json(out / PROTOCOL), identity)
+            if told:
+                raise UserError(
+                    f"{out} holds another evaluation; what differs:\n       " + "\n       ".join(told),
+                    "choose another --out, or --fresh to start over (the old folder is kept beside)",
+                )
+            return "done" if (out / SUMMARY).is_file() else "resume"
+        aside = set_aside(out)
+        tell(say(f"the earlier evaluation is kept as {aside}", f"先前的评测保留在 {aside}"))
+    write_json(out / PROTOCOL, identity)
+    return "new"
+
+
+def read_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of predictions.jsonl. A half line at its end (a crash) is cut off the file.
+
+    Raises: UserError for a damaged line elsewhere, or an id that stands twice.
+    """
+    path = folder / PREDICTIONS
+    if not path.exists():
+        return []
+    raw = path.read_bytes()
+    complete = raw[: raw.rfind(b"\n") + 1]
+    if len(complete) != len(raw):
+        with disk_errors(path), open(path, "rb+") as file:
+            file.truncate(len(complete))
+    lines = [parse_json(line, f"{path}:{n}") for n, line in enumerate(read_text(path).split("\n"), 1) if line]
+    ids = [line["id"] for line in lines]
+    if len(set(ids)) != len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise UserError(f"{path}: the id {twice!r} stands twice", "two runs wrote into this folder; start over with --fresh")
+    return lines
+
+
+def append_prediction(folder: Path, line: dict[str, Any]) -> None:
+    """Add one line and hand it to the operating system. Raises: UserError on a full disk."""
+    path = folder / PREDICTIONS
+    with disk_errors(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_evaluation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(summary, predictions) of a finished evaluation. Raises: UserError when it is none, or not finished."""
+    if not (folder / PROTOCOL).is_file():
+        raise UserError(f"{folder}: not an evaluation (no {PROTOCOL} in it)", "name a folder that `intervale evaluate --out` wrote")
+    if not (folder / SUMMARY).is_file():
+        raise UserError(f"{folder}: this evaluation is not finished", "run the same `intervale evaluate` again; it continues where it stopped")
+    summary, predictions = read_json(folder / SUMMARY), read_predictions(folder)
+    if len(predictions) != summary["n"]:
+        raise UserError(f"{folder}: {len(predictions)} predictions, but the summary is of {summary['n']}", "evaluate again with --fresh")
+    return summary, predictions
+
+
+def positions(indices: Sequence[int | None], most: int) -> dict[str, int]:
+    """How often each place among the choices was chosen: {'A': 3, ..., 'none': 1}. `most` is the longest list of choices."""
+    names = [chr(ord("A") + n) if n < 26 else str(n + 1) for n in range(most)]
+    return {name: sum(index == n for index in indices) for n, name in enumerate(names)} | {"none": sum(index is None for index in indices)}

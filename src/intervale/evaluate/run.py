@@ -1,0 +1,208 @@
+"""`evaluate`: every item asked once, written as it comes, summed up at the end.
+
+Promises: an evaluation that was stopped goes on where it stopped and ends with the summary of a straight run (but for its times);
+nothing is mixed that differs in protocol, model or data; no item is skipped. Cost: loading the model, then `ask` an item.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from intervale.core.errors import UserError
+from intervale.core.files import inside, write_json
+from intervale.core.lang import say
+from intervale.core.records import Record, data_digest, read_records
+from intervale.core.runlog import versions
+from intervale.data.images import picture_size
+from intervale.data.tiling import Tiling
+from intervale.evaluate.ask import Features, Protocol, ask, refuse_unscorable
+from intervale.evaluate.folder import SUMMARY, append_prediction, open_folder, positions, read_evaluation, read_predictions
+from intervale.evaluate.provenance import model_identity, scored_on_training_items
+from intervale.evaluate.statistics import wilson
+from intervale.model.load import as_dtype, default_device, load_model, load_text_side, narrow, resolve_model
+
+Tell = Callable[[str], None]
+_EVERY = 3.0  # seconds between two lines of progress
+PROMPTS, MODES = ("open", "mcq"), ("strict", "likelihood", "official")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked evaluation: what will be asked of which model, and where it goes."""
+
+    name: str
+    folder: Path
+    data: Path
+    records: tuple[Record, ...]
+    protocol: Protocol
+    tiling: Tiling
+    device: str
+    dtype: torch.dtype
+    out: Path
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two runs to be one: the content of protocol.json. Names and places may change."""
+        return {
+            "protocol": asdict(self.protocol),
+            "model": {
+                **model_identity(self.folder),
+                "min_tiles": self.tiling.min_tiles,
+                "precision": str(self.dtype).removeprefix("torch."),
+            },
+            "data": {"items": len(self.records), "digest": data_digest(self.records)},
+        }
+
+
+def _refuse_modes(prompt: str, mode: str) -> None:
+    if prompt not in PROMPTS or mode not in MODES:
+        raise UserError(f"unknown prompt {prompt!r} or mode {mode!r}", f"use one of {', '.join(PROMPTS)} and one of {', '.join(MODES)}")
+    if mode == "official" and prompt == "open":
+        raise UserError(
+            "--mode official looks for a letter, but --prompt open shows none",
+            "add --prompt mcq, or use --mode strict or likelihood with the open prompt",
+        )
+
+
+def _refuse_missing_pictures(records: Sequence[Record]) -> None:
+    for image, record in {(record.root / image): (image, record) for record in records for image in record.images}.values():
+        picture_size(inside(record.root, image, record.where), f"{record.where}: {image}")
+
+
+def plan(
+    model: str,
+    data: Path,
+    out: Path,
+    *,
+    prompt: str = "open",
+    mode: str = "strict",
+    max_new_tokens: int = 64,
+    max_tiles: int | None = None,
+    device: str | None = None,
+    precision: str = "auto",
+    limit: int | None = None,
+) -> Plan:
+    """Check everything that can be checked before the weights are read.
+
+    `limit` takes the first items only. Raises: UserError for data that cannot be scored, a picture that is not there, a wrong setting.
+    """
+    _refuse_modes(prompt, mode)
+    records = read_records(data)[:limit]
+    refuse_unscorable(records, str(data), prompt)
+    _refuse_missing_pictures(records)
+    tiling = narrow(load_text_side(model).tiling, None, max_tiles)
+    device = device or os.environ.get("INTERVALE_DEVICE") or default_device()
+    dtype = as_dtype(precision) if precision != "auto" else torch.bfloat16 if device.startswith("cuda") else torch.float32
+    likely = mode == "likelihood"
+    protocol = Protocol(prompt, mode, None if likely else max_new_tokens, tiling.max_tiles, "sum" if likely else None)
+    return Plan(model, resolve_model(model), data, tuple(records), protocol, tiling, device, dtype, out)
+
+
+def evaluate(job: Plan, *, fresh: bool, tell: Tell) -> dict[str, Any]:
+    """Ask what is not answered yet, write DIR/summary.json, return it. A finished folder is only read.
+
+    Ctrl-C leaves every line that was written; the same call continues.
+    """
+    identity = job.identity()
+    state = open_folder(job.out, identity, fresh, tell)
+    if state == "done":
+        tell(say(f"{job.out}: already evaluated; --fresh would start over", f"{job.out}：已评测过；--fresh 可重新开始"))
+        return read_evaluation(job.out)[0]
+    done = {line["id"]: line for line in read_predictions(job.out)}
+    left = [record for record in job.records if record.id not in done]
+    if done:
+        tell(say(f"continuing: {len(done)} of {len(job.records)} items are done", f"继续：{len(job.records)} 条中已完成 {len(done)} 条"))
+    if left:
+        model = load_model(job.folder, dtype=job.dtype, device=job.device, max_tiles=job.protocol.max_tiles)
+        features = Features(model)
+        progress = _Progress(len(job.records), sum(line["correct"] for line in done.values()), len(done), tell)
+        try:
+            for record in left:
+                line = ask(model, features, record, job.protocol)
+                append_prediction(job.out, line)
+                progress.step(line["correct"])
+        except KeyboardInterrupt:
+            tell(say(f"stopped after {progress.done} of {len(job.records)} items; the same command continues",
+                     f"已停止：完成 {progress.done} / {len(job.records)} 条；再次运行同一命令即可继续"))  # fmt: skip
+            raise
+    # Read back, so that a straight run and a continued one sum up the very same numbers.
+    by_id = {line["id"]: line for line in read_predictions(job.out)}
+    summary = summarise([by_id[record.id] for record in job.records]) | _about(job, identity)
+    write_json(job.out / SUMMARY, summary)
+    return summary
+
+
+class _Progress:
+    """Lines on how far it is, at most one in `_EVERY` seconds."""
+
+    def __init__(self, total: int, correct: int, done: int, tell: Tell) -> None:
+        self.total, self.correct, self.done, self._tell = total, correct, done, tell
+        self._began = self._told = time.monotonic()
+        self._before = done
+
+    def step(self, correct: bool) -> None:
+        self.done += 1
+        self.correct += correct
+        now = time.monotonic()
+        if now - self._told < _EVERY and self.done < self.total:
+            return
+        self._told = now
+        pace = (self.done - self._before) / max(now - self._began, 1e-9)
+        minutes, seconds = divmod(round((self.total - self.done) / pace), 60)
+        share = self.correct / self.done
+        self._tell(say(f"{self.done}/{self.total}  right so far {share:.1%}  {pace:.2g} items/s  ETA {minutes}:{seconds:02d}",
+                       f"{self.done}/{self.total}  目前正确率 {share:.1%}  {pace:.2g} 条/秒  剩余 {minutes}:{seconds:02d}"))  # fmt: skip
+
+
+def score(lines: Sequence[dict[str, Any]], parsed: str = "parsed") -> dict[str, Any]:
+    """{n, correct, accuracy, interval} of predictions, by their `parsed` (or `parsed_mean`) choice."""
+    correct = sum(line[parsed] == line["answer"] for line in lines)
+    return {"n": len(lines), "correct": correct, "accuracy": correct / len(lines), "interval": list(wilson(correct, len(lines)))}
+
+
+def per_tag(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{tag: {value: score}}, in order of first appearance."""
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for line in lines:
+        for tag, value in line["tags"].items():
+            groups.setdefault(tag, {}).setdefault(value, []).append(line)
+    return {tag: {value: score(items) for value, items in values.items()} for tag, values in groups.items()}
+
+
+def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers of summary.json: a function of the predictions alone."""
+    most = max(len(line["choices"]) for line in lines)
+    likely = lines[0]["mode"] == "likelihood"
+    found: dict[str, Any] = {"kind": "intervale evaluation", **score(lines)}
+    if likely:
+        found |= {"headline": "sum", "accuracies": {"sum": score(lines), "mean": score(lines, "parsed_mean")}}
+        found |= {"unparsed": 0, "ties": sum(line["parsed"] is None for line in lines)}
+    else:
+        found |= {"unparsed": sum(line["parsed"] is None for line in lines), "cut_off": sum(line["finish"] == "length" for line in lines)}
+    return found | {
+        "chance": sum(1 / len(line["choices"]) for line in lines) / len(lines),
+        "tags": per_tag(lines),
+        "predicted_positions": positions([line["parsed"] for line in lines], most),
+        "right_positions": positions([line["answer"] for line in lines], most),
+        "tokens": sum(line["tokens"] for line in lines),
+        "seconds": round(sum(line["seconds"] for line in lines), 2),
+    }
+
+
+def _about(job: Plan, identity: dict[str, Any]) -> dict[str, Any]:
+    """What was scored, on what, with what."""
+    seen, why = scored_on_training_items(job.folder, job.data, job.records)
+    return {
+        "protocol": identity["protocol"],
+        "model": {"name": job.name, "folder": str(job.folder.resolve()), **identity["model"], "device": job.device},
+        "data": {"file": str(job.data.resolve()), **identity["data"]},
+        "scored_on_training_items": seen,
+        "scored_on_training_items_reason": why,
+        "versions": versions(),
+    }

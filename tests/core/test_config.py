@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+
+from intervale.core.config import load_recipe
+from intervale.core.errors import UserError
+from intervale.train.recipe import TrainRecipe
+
+BASE = "model: m\ndata: {train: t.jsonl}\n"
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> TrainRecipe:
+    (tmp_path / "r.yaml").write_text(text)
+    return load_recipe(tmp_path / "r.yaml", TrainRecipe, overrides)
+
+
+def test_exponents_are_numbers_and_overrides_win(tmp_path: Path) -> None:
+    recipe = load(tmp_path, BASE + "train: {learning_rate: 3e-5, epochs: 2}\n", "train.epochs=7", "lora.rank=4", "data.max_tiles=2")
+    assert (recipe.train.learning_rate, recipe.train.epochs, recipe.lora.rank, recipe.data.max_tiles) == (3e-5, 7, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (BASE + "train: {learnig_rate: 1}\n", "did you mean 'learning_rate'"),
+        (BASE + "lerning_rate: 1\n", "unknown key 'lerning_rate'"),
+        (BASE + "batch_size: 4\n", "did you mean 'train.batch_size'"),
+        (BASE + "train: {epochs: '3'}\n", "train.epochs"),
+        (BASE + "train: {epochs: 0}\n", "train.epochs"),
+        (BASE + "train: {learning_rate: .nan}\n", "train.learning_rate"),
+        (BASE + "train: {vision: frozen, projector: frozen, llm: frozen}\n", "nothing is trained"),
+        (BASE + "train: {save_total_limit: 0}\n", "-1 to keep all"),
+        ("model: m\n", "data is missing"),
+        (BASE + "train: {epochs: 1}\ntrain: {epochs: 2}\n", "stands twice"),
+        (BASE + "train: {epochs\n", "not valid YAML"),
+        ("- a\n", "key: value"),
+    ],
+)
+def test_each_fault_of_a_recipe_is_named(tmp_path: Path, text: str, why: str) -> None:
+    with pytest.raises(UserError, match=r"r\.yaml") as caught:
+        load(tmp_path, text)
+    assert why in caught.value.what
+
+
+def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, BASE + "train: {epochs: 0, batch_size: 0, foo: 1}\n")
+    assert all(name in caught.value.what for name in ("train.epochs", "train.batch_size", "train.foo"))
