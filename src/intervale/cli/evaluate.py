@@ -11,7 +11,6 @@ import typer
 from intervale.cli.output import emit_json, note, result
 from intervale.core.lang import say
 
-_MOST_VALUES = 24  # a tag with more values (a dish name) is told in summary.json, not on the screen
 
 
 def evaluate(
@@ -65,6 +64,8 @@ def _row(name: str, score: dict[str, Any]) -> str:
 
 def shown(summary: dict[str, Any], coloured: bool) -> list[str]:
     """The summary for a terminal: accuracy, what was not recognised, a table per tag, and the warning in red."""
+    from intervale.evaluate.folder import telling_tags
+
     lines = [_row(say("accuracy", "准确率"), summary) + say(f"  (chance {summary['chance']:.1%})", f"  （随机 {summary['chance']:.1%}）")]
     if "accuracies" in summary:
         mean = summary["accuracies"]["mean"]
@@ -77,8 +78,9 @@ def shown(summary: dict[str, Any], coloured: bool) -> list[str]:
     if summary["protocol"]["mode"] == "official":
         lines.append(say("the official scorer draws a random letter for those, so its number cannot be reproduced",
                          "官方评分对这些回答随机取字母，因此其分数不可复现"))  # fmt: skip
+    telling = telling_tags(summary["tags"], summary["n"])
     for tag, values in summary["tags"].items():
-        if len(values) > _MOST_VALUES:
+        if tag not in telling:
             lines.append(say(f"{tag}: {len(values)} values, see summary.json", f"{tag}：{len(values)} 个取值，见 summary.json"))
             continue
         lines.append(f"{tag}:")

@@ -23,6 +23,10 @@ _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # the orientations that swap width and height
 
 
+class PictureError(UserError):
+    """A picture that cannot be used: what `on_bad_sample: skip` may leave out."""
+
+
 def max_pixels() -> int:
     """The limit in force: `INTERVALE_MAX_PIXELS`, else 40 megapixels."""
     raw = os.environ.get("INTERVALE_MAX_PIXELS", "")
@@ -42,16 +46,16 @@ def _open(source: Path | bytes, where: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise UserError(f"{where}: too many pixels: {error}", f"make the picture smaller than {max_pixels():,} pixels") from error
+        raise PictureError(f"{where}: too many pixels: {error}", f"make the picture smaller than {max_pixels():,} pixels") from error
     except FileNotFoundError as error:
-        raise UserError(f"{where}: no such picture", "check the path; it is relative to the data file's folder") from error
+        raise PictureError(f"{where}: no such picture", "check the path; it is relative to the data file's folder") from error
     except Exception as error:
         empty = (len(source) if isinstance(source, bytes) else _size(source)) == 0
-        raise UserError(f"{where}: {'the file is empty' if empty else 'not a picture that can be read'}", known) from error
+        raise PictureError(f"{where}: {'the file is empty' if empty else 'not a picture that can be read'}", known) from error
     width, height = picture.size
     limit = max_pixels()
     if width * height > limit:
-        raise UserError(
+        raise PictureError(
             f"{where}: {width}x{height} is {width * height:,} pixels; the limit is {limit:,}",
             "make the picture smaller, or raise the limit with INTERVALE_MAX_PIXELS",
         )
@@ -68,7 +72,7 @@ def _size(path: Path) -> int:
 def load_picture(source: Path | bytes, where: str = "") -> Image.Image:
     """Decode a file or bytes to an upright RGB picture.
 
-    Raises: UserError naming `where` (default: the path) for a missing, empty, damaged, too large or foreign file.
+    Raises: PictureError naming `where` (default: the path) for a missing, empty, damaged, too large or foreign file.
     """
     where = where or (str(source) if isinstance(source, Path) else "the picture")
     picture = _open(source, where)
@@ -80,13 +84,13 @@ def load_picture(source: Path | bytes, where: str = "") -> Image.Image:
             # The official code drops alpha this way; converting before any processor keeps the pixels equal to its own.
             return upright.convert("RGB")
         except Exception as error:
-            raise UserError(f"{where}: the picture is damaged or cut short", "replace the file; it does not decode to its end") from error
+            raise PictureError(f"{where}: the picture is damaged or cut short", "replace the file; it does not decode to its end") from error
 
 
 def picture_size(source: Path | bytes, where: str = "") -> tuple[int, int]:
-    """(width, height) as the picture will stand after EXIF, from the header alone.
+    """(width, height) as the picture will stand after EXIF, from the header alone (a PNG may hide its EXIF behind the pixels).
 
-    Raises: UserError as `load_picture` does, except for damage past the header.
+    Raises: PictureError as `load_picture` does, except for damage past the header.
     """
     where = where or (str(source) if isinstance(source, Path) else "the picture")
     with _open(source, where) as picture:
@@ -94,5 +98,5 @@ def picture_size(source: Path | bytes, where: str = "") -> tuple[int, int]:
         try:
             sideways = picture.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
         except Exception as error:
-            raise UserError(f"{where}: the EXIF block is damaged", "save the picture again with an image editor") from error
+            raise PictureError(f"{where}: the picture is damaged or cut short", "replace the file, or save it again with an image editor") from error
     return (height, width) if sideways else (width, height)

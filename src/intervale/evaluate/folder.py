@@ -106,3 +106,8 @@ def positions(indices: Sequence[int | None], most: int) -> dict[str, int]:
     """How often each place among the choices was chosen: {'A': 3, ..., 'none': 1}. `most` is the longest list of choices."""
     names = [chr(ord("A") + n) if n < 26 else str(n + 1) for n in range(most)]
     return {name: sum(index == n for index in indices) for n, name in enumerate(names)} | {"none": sum(index is None for index in indices)}
+
+
+def telling_tags(tags: dict[str, dict[str, Any]], n: int, most: int = 24) -> list[str]:
+    """The tags worth a table: at most `most` values, and three items a value on average (a dish name tells nothing)."""
+    return [tag for tag, values in tags.items() if len(values) <= most and n >= 3 * len(values)]

@@ -20,6 +20,7 @@ from intervale.core.lang import say
 from intervale.core.records import Record, data_digest, read_records
 from intervale.core.runlog import versions
 from intervale.data.dataset import Size, measure
+from intervale.data.images import PictureError
 from intervale.model.adapt import checkpoint_of
 from intervale.model.load import TextSide, default_device, load_network, narrow, resolve_model, text_side
 from intervale.model.source import build_network, fingerprint, open_source
@@ -68,12 +69,18 @@ class Job:
         return {"base": base, "recipe": recipe, "data": data_digest(self.train)}
 
 
-def _measure_all(records: list[Record], side: TextSide, max_length: int) -> list[Size]:
-    """Every item's size; all faults at once."""
-    sizes, faults = [], []
+def _measure_all(records: list[Record], side: TextSide, max_length: int, skip: bool) -> list[Size]:
+    """Every item's size; all faults at once. With `skip` an unreadable picture is left for the loading to list."""
+    sizes: list[Size] = []
+    faults: list[UserError] = []
     for record in records:
         try:
             sizes.append(measure(record, side.tokenizer, side.template, side.tiling, max_length))
+        except PictureError as error:
+            if skip:
+                sizes.append(Size(0, 0, 0))
+            else:
+                faults.append(error)
         except UserError as error:
             faults.append(error)
     if faults:
@@ -93,8 +100,8 @@ def read_job(recipe: TrainRecipe, name: str, tell: Tell) -> Job:
     side = replace(side, tiling=narrow(side.tiling, recipe.data.min_tiles, recipe.data.max_tiles))
     train = read_records(Path(recipe.data.train))
     held = read_records(Path(recipe.data.eval)) if recipe.data.eval else []
-    sizes = _measure_all(train, side, recipe.data.max_length)
-    _measure_all(held, side, recipe.data.max_length)
+    sizes = _measure_all(train, side, recipe.data.max_length, recipe.data.on_bad_sample == "skip")
+    _measure_all(held, side, recipe.data.max_length, skip=False)
     folder = Path(recipe.out or Path("runs") / name)
     return Job(recipe, folder, base, side, train, held, sizes, tell)
 

@@ -26,6 +26,7 @@ from intervale.core.files import write_atomic
 from intervale.core.lang import say
 from intervale.core.runlog import append_metrics, forget_after
 from intervale.data.dataset import Item, TileCache, load_item, step_items
+from intervale.data.images import PictureError
 from intervale.train import job as jobs
 from intervale.train.batches import Batch, collate, load_ahead
 from intervale.train.job import Job
@@ -204,7 +205,7 @@ def _load(loop: _Loop, index: int) -> Item | None:
     record = job.train[index]
     try:
         return load_item(record, job.side.tokenizer, job.side.template, job.side.tiling, loop.cache)
-    except UserError as error:
+    except PictureError as error:
         if job.recipe.data.on_bad_sample == "fail":
             raise
         if record.id not in loop.skipped:

@@ -119,5 +119,7 @@ def choose_checkpointing(network: InternVLForConditionalGeneration, recipe: Trai
     if recipe.train.checkpointing == "auto":
         on = cost.optimizer + cost.activations > 0.8 * free_memory(device)
     if on:
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.23 renamed it; 5.17 knows the old name only.
+        enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return on

@@ -1,0 +1,237 @@
+"""`intervale train` end to end on a tiny model: it learns, leaves its traces, stops, resumes, and refuses what cannot work."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import draw_plates
+from intervale.core.config import load_recipe
+from intervale.core.errors import UserError
+from intervale.core.runlog import read_metrics
+from intervale.model.adapt import newest_checkpoint
+from intervale.train.loop import Outcome, train
+from intervale.train.recipe import TrainRecipe
+from intervale.train.state import choose_checkpoint
+
+FULL = ["train.vision=full", "train.llm=full"]
+
+
+def write_recipe(folder: Path, model: Path, data: Path, **more: object) -> Path:
+    lines = [
+        f"model: {model}",
+        f"out: {folder / 'run'}",
+        f"data: {{train: {data / 'train.jsonl'}, eval: {data / 'eval.jsonl'}, max_length: 600}}",
+    ]
+    lines.append("lora: {rank: 4, alpha: 8, dropout: 0.1}")
+    settings = {"epochs": 2, "batch_size": 2, "accumulation": 2, "learning_rate": 1e-3, "precision": "fp32"} | more
+    lines.append("train: " + json.dumps(settings))
+    (folder / "r.yaml").write_text("\n".join(lines))
+    return folder / "r.yaml"
+
+
+def run(
+    path: Path, *overrides: str, resume: bool = False, fresh: bool = False, dry_run: bool = False, said: list[str] | None = None
+) -> Outcome:
+    recipe = load_recipe(path, TrainRecipe, overrides)
+    return train(recipe, path.stem, resume=resume, fresh=fresh, dry_run=dry_run, tell=(said if said is not None else []).append)
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in read_metrics(folder) if "loss" in entry]
+
+
+def test_a_run_learns_and_leaves_its_traces(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates, epochs=12, eval_steps=6)
+    outcome = run(path, *FULL, "train.learning_rate=3e-3")
+    folder = tmp_path / "run"
+    assert (outcome.status, outcome.step) == ("done", 24)
+    found = losses(folder)
+    assert len(found) == 24
+    assert found[-1] < 0.5 * found[0]
+    held = [entry for entry in read_metrics(folder) if "eval_loss" in entry]
+    assert [entry["step"] for entry in held] == [6, 12, 18, 24]
+    assert held[-1]["eval_loss"] < held[0]["eval_loss"]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    state = json.loads((folder / "run.json").read_text())
+    assert (state["status"], state["train"]["items"]) == ("done", 8)
+    said: list[str] = []
+    assert run(path, *FULL, "train.learning_rate=3e-3", said=said).status == "done"
+    assert "complete already" in said[-1]
+
+
+def test_resumed_is_the_straight_run_bit_by_bit(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    straight = write_recipe(tmp_path / "a", tiny, plates, epochs=3)
+    run(straight)
+    parts = write_recipe(tmp_path / "b", tiny, plates, epochs=3, save_steps=3)
+    run(parts)
+    folder = tmp_path / "b" / "run"
+    shutil.rmtree(folder / "checkpoints" / "step-00000006")  # as if it had died after step 5, saved at 3
+    state = json.loads((folder / "run.json").read_text()) | {"status": "running"}
+    (folder / "run.json").write_text(json.dumps(state))
+    said: list[str] = []
+    run(parts, resume=True, said=said)
+    assert any("step 3" in line for line in said)
+    assert losses(tmp_path / "a" / "run") == losses(folder)
+    from safetensors.torch import load_file
+
+    for file in ("adapter_model.safetensors", "trained.safetensors", "optimizer.safetensors"):
+        one, two = (load_file(tmp_path / name / "run" / "checkpoints" / "step-00000006" / file) for name in ("a", "b"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_resume_skips_a_damaged_checkpoint_and_says_so(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates, epochs=2, save_steps=2)
+    run(path)
+    folder = tmp_path / "run"
+    newest = newest_checkpoint(folder)
+    assert newest is not None
+    data = bytearray((newest / "adapter_model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "adapter_model.safetensors").write_bytes(data)
+    chosen, skipped = choose_checkpoint(folder)
+    assert chosen is not None
+    assert chosen.name == "step-00000002"
+    assert skipped == [f"{newest.name}: adapter_model.safetensors is damaged"]
+
+
+def test_a_changed_recipe_or_data_is_not_resumed(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates)
+    run(path)
+    (tmp_path / "run" / "run.json").write_text('{"status": "stopped"}')
+    with pytest.raises(UserError, match=r"recipe\.train\.learning_rate: 0\.001 -> 0\.5"):
+        run(path, "train.learning_rate=0.5", resume=True)
+    with pytest.raises(UserError, match="not finished"):
+        run(path)
+    run(path, fresh=True)
+    assert (tmp_path / "run.old-1" / "metrics.jsonl").exists()
+
+
+def test_rotation_keeps_the_newest_and_minus_one_keeps_all(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates, epochs=3, save_steps=1)
+    for limit, count in ((2, 2), (-1, 6)):
+        run(path, f"train.save_total_limit={limit}", fresh=True)
+        names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+        assert (len(names), names[-1]) == (count, "step-00000006")
+
+
+def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    said: list[str] = []
+    run(write_recipe(tmp_path, tiny, plates, epochs=5), dry_run=True, said=said)
+    text = "\n".join(said)
+    assert "steps: 10" in text
+    for word in ("tokens", "trainable", "memory", "GiB"):
+        assert word in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_during_a_save_keeps_the_earlier_checkpoint(
+    tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path, tiny, plates, epochs=2, save_steps=2)
+    from intervale.train import state
+
+    real, calls = state.save_file, []
+
+    def full(tensors: object, target: Path, **options: object) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            target.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, target, **options)
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(UserError, match="disk is full"):
+        run(path)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    monkeypatch.undo()
+    assert run(path, resume=True).status == "done"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["data.max_length=40"], r"train\.jsonl:1.*tokens long.*max_length is 40|items cannot be trained on"),
+        (["data.train=/nowhere.jsonl"], "cannot be read"),
+        (["model=/nowhere"], "no such folder"),
+        (["lora.targets=llm+haed"], "haed"),
+        (["data.min_tiles=3", "data.max_tiles=2"], "tiles"),
+        (["train.vision=full", "train.features=cache"], "not frozen"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    tmp_path: Path, tiny: Path, plates: Path, overrides: list[str], why: str
+) -> None:
+    with pytest.raises(UserError, match=why):
+        run(write_recipe(tmp_path, tiny, plates), *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreadable_picture_stops_or_is_listed_but_never_replaced(tmp_path: Path, tiny: Path) -> None:
+    draw_plates(tmp_path, 8)
+    draw_plates(tmp_path, 2, "eval.jsonl", seed=1)
+    bad = tmp_path / "images" / "train-3.png"
+    bad.write_bytes(bad.read_bytes()[:-40])
+    path = write_recipe(tmp_path, tiny, tmp_path)
+    with pytest.raises(UserError, match=r"train\.jsonl:4.*train-3\.png.*damaged"):
+        run(path)
+    assert run(path, "data.on_bad_sample=skip", fresh=True).status == "done"
+    listed = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [entry["id"] for entry in listed] == ["p3"]
+    assert sum(entry["samples"] for entry in read_metrics(tmp_path / "run") if "samples" in entry) == 14
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates, epochs=400)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "intervale", "train", str(path)], stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        for _ in range(600):
+            if len(read_metrics(tmp_path / "run")) > 3:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in said
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert int(newest.name.removeprefix("step-")) == read_metrics(tmp_path / "run")[-1]["step"]
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one = write_recipe(tmp_path / "one", tiny, plates, batch_size=4)
+    run(one, "lora.dropout=0.0")
+    two = write_recipe(tmp_path / "two", tiny, plates, batch_size=2)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29617",
+        "-m",
+        "intervale",
+        "train",
+        str(two),
+    ]
+    subprocess.run(
+        [*command, "--set", "parallel.strategy=ddp", "--set", "lora.dropout=0.0"], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert losses(tmp_path / "two" / "run") == pytest.approx(losses(tmp_path / "one" / "run"), rel=1e-5)

@@ -1,0 +1,108 @@
+"""Each device changes the speed, not the step: equivalences in float32 with dropout 0."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from intervale.core.records import read_records
+from intervale.data.dataset import Item, TileCache, load_item
+from intervale.model.load import load_network, text_side
+from intervale.train.batches import collate
+from intervale.train.prepare import choose_checkpointing, estimate, freeze_and_adapt, set_modes
+from intervale.train.recipe import Data, Lora, Train, TrainRecipe
+from intervale.train.state import trainable
+from intervale.train.step import Compute, accumulate, held_out
+
+
+def recipe(**train: object) -> TrainRecipe:
+    return TrainRecipe(model="m", data=Data(train="t"), lora=Lora(rank=4, alpha=8, dropout=0.0, targets="llm+head"), train=Train(**train))
+
+
+@pytest.fixture(scope="module")
+def items(tiny: Path, plates: Path) -> list[Item]:
+    side = text_side(tiny)
+    cache = TileCache()
+    return [load_item(record, side.tokenizer, side.template, side.tiling, cache) for record in read_records(plates / "train.jsonl")]
+
+
+def gradients(
+    tiny: Path, items: list[Item], sizes: list[int], keep: bool = False, **train: object
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """(loss of the step, gradient by name) with the items in micro-batches of these sizes."""
+    network = load_network(tiny, dtype=torch.float32)
+    chosen = recipe(**train)
+    freeze_and_adapt(network, chosen)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
+    set_modes(network, chosen, True)
+    if train.get("checkpointing") == "on":
+        cost = estimate(network, chosen, torch.float32, 100, 4)
+        assert choose_checkpointing(network, chosen, cost, torch.device("cpu"))
+    bounds = np.cumsum([0, *sizes])
+    batches = [collate(items[a:b]) for a, b in itertools.pairwise(bounds)]
+    compute = Compute(torch.float32, torch.device("cpu"), text_side(tiny).tokenizer.control("<IMG_CONTEXT>"), {} if keep else None)
+    targets = sum(batch.targets for batch in batches)
+    for _ in range(2 if keep else 1):  # the second pass takes every feature from memory
+        network.zero_grad()
+        sums = accumulate(network, batches, compute, targets)
+    return sums.loss / targets, {name: parameter.grad for name, parameter in trainable(network).items() if parameter.grad is not None}
+
+
+def assert_same(a: tuple[float, dict[str, torch.Tensor]], b: tuple[float, dict[str, torch.Tensor]]) -> None:
+    assert abs(a[0] - b[0]) <= 1e-5 * abs(a[0])
+    assert a[1].keys() == b[1].keys()
+    for name, gradient in a[1].items():
+        assert (gradient - b[1][name]).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("sizes", [[1] * 8, [4, 4], [2, 5, 1]])
+@pytest.mark.parametrize("train", [{}, {"vision": "full", "llm": "full"}], ids=["lora", "full"])
+def test_micro_batches_of_any_size_give_the_same_step(tiny: Path, items: list[Item], sizes: list[int], train: dict[str, object]) -> None:
+    assert_same(gradients(tiny, items, [8], **train), gradients(tiny, items, sizes, **train))
+
+
+def test_kept_features_give_the_step_of_live_ones(tiny: Path, items: list[Item]) -> None:
+    assert_same(gradients(tiny, items, [4, 4]), gradients(tiny, items, [4, 4], keep=True))
+
+
+def test_checkpointing_changes_nothing(tiny: Path, items: list[Item]) -> None:
+    full = {"vision": "full", "llm": "full"}
+    assert_same(gradients(tiny, items, [4, 4], **full), gradients(tiny, items, [4, 4], checkpointing="on", **full))
+
+
+def test_the_loss_is_transformers_own_on_one_item(tiny: Path, items: list[Item]) -> None:
+    network = load_network(tiny, dtype=torch.float32)
+    item = items[0]
+    token = text_side(tiny).tokenizer.control("<IMG_CONTEXT>")
+    network.config.image_token_id = token
+    sums = held_out(network, [collate([item])], Compute(torch.float32, torch.device("cpu"), token))
+    from intervale.model.forward import normalise
+
+    labels = torch.where(torch.from_numpy(item.trained_S), torch.from_numpy(item.ids_S), -100)[None]
+    pixels = normalise(torch.from_numpy(item.tiles_PHWC), torch.float32)
+    wanted = network(input_ids=torch.from_numpy(item.ids_S)[None], pixel_values=pixels, labels=labels).loss
+    assert sums.loss / sums.targets == pytest.approx(float(wanted), rel=1e-6)
+    assert sums.targets == int(item.trained_S.sum())
+
+
+def test_samples_of_a_batch_do_not_leak_into_each_other(tiny: Path, items: list[Item]) -> None:
+    network = load_network(tiny, dtype=torch.float32)
+    compute = Compute(torch.float32, torch.device("cpu"), text_side(tiny).tokenizer.control("<IMG_CONTEXT>"))
+    alone = [held_out(network, [collate([item])], compute).loss for item in items]
+    together = held_out(network, [collate(items)], compute).loss
+    assert together == pytest.approx(sum(alone), rel=1e-5)
+
+
+def test_frozen_parts_stay_frozen_and_lora_stays_out_of_the_tower(tiny: Path, items: list[Item]) -> None:
+    names = gradients(tiny, items, [8], projector="frozen")[1].keys()
+    assert names
+    assert all(".lora_" in name and ("language_model.layers" in name or name.startswith("lm_head")) for name in names)
+    assert any(name.startswith("lm_head") for name in names)
+    vision = gradients(tiny, items, [8], projector="frozen", llm="frozen", vision="lora")[1].keys()
+    assert vision
+    assert all("vision_tower" in name for name in vision)
