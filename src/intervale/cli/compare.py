@@ -15,7 +15,9 @@ from intervale.core.lang import say
 def compare(
     before: Annotated[Path, typer.Argument(help="The folder of an evaluation, for example of the base model.")],
     after: Annotated[Path, typer.Argument(help="The folder of another on the same items, for example of the tuned model.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for report.html and report.json (default: compare-BEFORE-AFTER beside AFTER).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html and report.json (default: compare-BEFORE-AFTER beside AFTER).")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Pair two evaluations: fixed, broken, exact McNemar test, the difference with its interval, and a report to show."""

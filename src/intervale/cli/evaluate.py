@@ -12,18 +12,23 @@ from intervale.cli.output import emit_json, note, result
 from intervale.core.lang import say
 
 
-
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a training run, or a hub id.")],
     data: Annotated[Path, typer.Argument(help="A JSONL file whose items have choices and an answer.")],
     out: Annotated[Path, typer.Option(help="Folder for predictions.jsonl and summary.json; the same command continues what was stopped.")],
-    prompt: Annotated[Literal["open", "mcq"], typer.Option(help="open: the bare question, as trained; mcq: with lettered options.")] = "open",
+    prompt: Annotated[
+        Literal["open", "mcq"], typer.Option(help="open: the bare question, as trained; mcq: with lettered options.")
+    ] = "open",
     mode: Annotated[
         Literal["strict", "likelihood", "official"],
-        typer.Option(help="strict: the greedy answer must name one choice; likelihood: the most likely choice; official: first letter (mcq)."),
+        typer.Option(
+            help="strict: the greedy answer must name one choice; likelihood: the most likely choice; official: first letter (mcq)."
+        ),
     ] = "strict",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
-    max_tiles: Annotated[int | None, typer.Option(min=1, help="Tiles a picture (default: the model's, or what the run trained with).")] = None,
+    max_tiles: Annotated[
+        int | None, typer.Option(min=1, help="Tiles a picture (default: the model's, or what the run trained with).")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda when there is one).")] = None,
     precision: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")
@@ -91,7 +96,10 @@ def shown(summary: dict[str, Any], coloured: bool) -> list[str]:
         lines.append(("\x1b[1;31m" + text + "\x1b[0m") if coloured else text)
         lines.append(f"  {summary['scored_on_training_items_reason']}")
     elif summary["scored_on_training_items"] is None:
-        lines.append(say("whether these are training items is not known: ", "不清楚这些是否为训练数据：") + summary["scored_on_training_items_reason"])
+        lines.append(
+            say("whether these are training items is not known: ", "不清楚这些是否为训练数据：")
+            + summary["scored_on_training_items_reason"]
+        )
     return ["".join(char for char in line if char.isprintable() or char == "\x1b") for line in lines]
 
 

@@ -84,7 +84,9 @@ def load_picture(source: Path | bytes, where: str = "") -> Image.Image:
             # The official code drops alpha this way; converting before any processor keeps the pixels equal to its own.
             return upright.convert("RGB")
         except Exception as error:
-            raise PictureError(f"{where}: the picture is damaged or cut short", "replace the file; it does not decode to its end") from error
+            raise PictureError(
+                f"{where}: the picture is damaged or cut short", "replace the file; it does not decode to its end"
+            ) from error
 
 
 def picture_size(source: Path | bytes, where: str = "") -> tuple[int, int]:
@@ -98,5 +100,7 @@ def picture_size(source: Path | bytes, where: str = "") -> tuple[int, int]:
         try:
             sideways = picture.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
         except Exception as error:
-            raise PictureError(f"{where}: the picture is damaged or cut short", "replace the file, or save it again with an image editor") from error
+            raise PictureError(
+                f"{where}: the picture is damaged or cut short", "replace the file, or save it again with an image editor"
+            ) from error
     return (height, width) if sideways else (width, height)

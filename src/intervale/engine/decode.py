@@ -114,6 +114,6 @@ def score_continuations(model: Model, start: Prefilled, continuations: Sequence[
         if len(ids) > 1:
             logits_TV = torch.log_softmax(_advance(model, start.cache, ids[:-1]), -1)
             values += [float(logits_TV[at, token]) for at, token in enumerate(ids[1:])]
-            start.cache.crop(start.length)
+            start.cache.crop(1 - len(ids))  # negative: take that many away
         scored.append(values)
     return scored

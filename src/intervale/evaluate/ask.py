@@ -91,7 +91,9 @@ def _likelihood(model: Model, start: Prefilled, record: Record, protocol: Protoc
     sums = [math.fsum(values) for values in scored]
     means = [total / len(values) for total, values in zip(sums, scored, strict=True)]
     if not all(map(math.isfinite, sums)):
-        raise UserError(f"{record.where}: item {record.id!r}: the model's log-probabilities are not numbers", "use --precision float32 or bfloat16")
+        raise UserError(
+            f"{record.where}: item {record.id!r}: the model's log-probabilities are not numbers", "use --precision float32 or bfloat16"
+        )
     return {
         "scores": [{"sum": s, "mean": m, "tokens": len(v)} for s, m, v in zip(sums, means, scored, strict=True)],
         "parsed": most_likely(sums),

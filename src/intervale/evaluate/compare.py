@@ -29,7 +29,9 @@ def _refuse_different(before: Path, after: Path, protocols: tuple[Any, Any], lin
         if alone := [name for name in own if name not in other]:
             more = ", ..." if len(alone) > _SHOWN else ""
             faults.append(f"{len(alone)} items are only in {folder}: {', '.join(map(repr, alone[:_SHOWN]))}{more}")
-    changed = [(name, told) for name in olds if name in news for key in _SAME for told in differences(olds[name][key], news[name][key], key)]
+    changed = [
+        (name, told) for name in olds if name in news for key in _SAME for told in differences(olds[name][key], news[name][key], key)
+    ]
     faults += [f"item {name!r}: {told}" for name, told in changed[:_SHOWN]]
     if len(changed) > _SHOWN:
         faults.append(f"... and {len(changed) - _SHOWN} more differences between items")

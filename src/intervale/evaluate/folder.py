@@ -95,7 +95,9 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]
     if not (folder / PROTOCOL).is_file():
         raise UserError(f"{folder}: not an evaluation (no {PROTOCOL} in it)", "name a folder that `intervale evaluate --out` wrote")
     if not (folder / SUMMARY).is_file():
-        raise UserError(f"{folder}: this evaluation is not finished", "run the same `intervale evaluate` again; it continues where it stopped")
+        raise UserError(
+            f"{folder}: this evaluation is not finished", "run the same `intervale evaluate` again; it continues where it stopped"
+        )
     summary, predictions = read_json(folder / SUMMARY), read_predictions(folder)
     if len(predictions) != summary["n"]:
         raise UserError(f"{folder}: {len(predictions)} predictions, but the summary is of {summary['n']}", "evaluate again with --fresh")

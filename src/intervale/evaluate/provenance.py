@@ -57,7 +57,10 @@ def _trainings(folder: Path) -> Iterator[dict[str, Any]]:
     checkpoint = checkpoint_of(folder)
     if checkpoint is not None:
         run = next((place / _RUN for place in (folder, checkpoint.parent.parent) if (place / _RUN).is_file()), None)
-        told.append(read_json(run) if run else {})
+        if run is not None:
+            told.append(read_json(run))
+        elif (checkpoint / "state.json").is_file():  # a checkpoint that was copied out of its run
+            told.append(read_json(checkpoint / "state.json").get("identity"))
         base = Path(read_json(checkpoint / BASE)["folder"])
     else:
         base = folder
@@ -121,7 +124,9 @@ def _told_by_card(data: Path) -> str | None:
     files = card.get("files")
     if isinstance(files, dict) and files and data.name not in files:
         return None
-    return say("nothing was held out of this data set (dataset.json: prepared with --all)", "该数据集没有留出评测集（dataset.json：用 --all 准备）")
+    return say(
+        "nothing was held out of this data set (dataset.json: prepared with --all)", "该数据集没有留出评测集（dataset.json：用 --all 准备）"
+    )
 
 
 def scored_on_training_items(folder: Path, data: Path, records: Sequence[Record]) -> tuple[bool | None, str]:
@@ -144,8 +149,12 @@ def scored_on_training_items(folder: Path, data: Path, records: Sequence[Record]
             continue
         checked += 1
         if shared := shared_items(records, training):
-            return True, say(f"{shared} of {len(records)} items are training items ({file})", f"{len(records)} 条中有 {shared} 条是训练数据（{file}）")
+            return True, say(
+                f"{shared} of {len(records)} items are training items ({file})", f"{len(records)} 条中有 {shared} 条是训练数据（{file}）"
+            )
     if checked < len(trainings):
         return None, say("other data than the model's training file, which is not there (or changed) to compare item by item",
                          "与模型的训练文件不同，但该文件已不在（或已改变），无法逐条比较")  # fmt: skip
-    return False, say("no item is one of the model's training items (question and pictures compared)", "没有一条是该模型的训练数据（比较了问题和图片）")
+    return False, say(
+        "no item is one of the model's training items (question and pictures compared)", "没有一条是该模型的训练数据（比较了问题和图片）"
+    )

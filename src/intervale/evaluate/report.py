@@ -74,7 +74,10 @@ def in_words(found: dict[str, Any]) -> str:
     if fixed + broken == 0:
         return say("No item changed: both models are right on the same items.", "没有任何变化：两个模型答对的题目完全相同。")
     better = fixed > broken
-    told = say(f"{fixed} items fixed, {broken} broken ({_p(p)}, exact McNemar test). ", f"改对 {fixed} 条，改错 {broken} 条（{_p(p)}，McNemar 精确检验）。")
+    told = say(
+        f"{fixed} items fixed, {broken} broken ({_p(p)}, exact McNemar test). ",
+        f"改对 {fixed} 条，改错 {broken} 条（{_p(p)}，McNemar 精确检验）。",
+    )
     if p < 0.05:
         return told + say(
             f"A split this uneven would rarely come from chance alone; the second model is {'better' if better else 'worse'} on these items.",
@@ -102,7 +105,10 @@ def _bars(before: dict[str, Any], after: dict[str, Any], chance: float | None = 
     line = ""
     if chance is not None:
         line = f'<path d="M{100 * chance:.2f} 0V24" stroke="#5d6b7c" stroke-dasharray="3 3" vector-effect="non-scaling-stroke"/>'
-    label = say(f"before {percent(before['accuracy'])}, after {percent(after['accuracy'])}", f"之前 {percent(before['accuracy'])}，之后 {percent(after['accuracy'])}")
+    label = say(
+        f"before {percent(before['accuracy'])}, after {percent(after['accuracy'])}",
+        f"之前 {percent(before['accuracy'])}，之后 {percent(after['accuracy'])}",
+    )
     return (
         f'<svg class="{style}" viewBox="0 0 100 24" preserveAspectRatio="none" role="img" aria-label="{_e(label)}">'
         f'<rect width="100" height="24" fill="#f4f6f9"/>{_bar(2, 9, before, "#b4bfcd")}{_bar(13, 9, after, "#4aa899")}{line}</svg>'
@@ -214,7 +220,9 @@ def _banner(found: dict[str, Any]) -> str:
         return ""
     why = next(side["scored_on_training_items_reason"] for side in (found["after"], found["before"]) if side["scored_on_training_items"])
     strong = say("Scored on training items.", "在训练数据上评分。")
-    text = say("This shows that the training worked, not how good the model is on anything new.", "这只说明训练有效，不代表模型在新数据上的水平。")
+    text = say(
+        "This shows that the training worked, not how good the model is on anything new.", "这只说明训练有效，不代表模型在新数据上的水平。"
+    )
     return f'<div class="banner" role="alert"><strong>{strong}</strong>{text}<br><span class="soft">{_e(why)}</span></div>'
 
 
@@ -234,7 +242,7 @@ def report_html(found: dict[str, Any]) -> str:
     ])  # fmt: skip
     return (
         f'<!doctype html>\n<html lang="{"zh-CN" if language() == "zh" else "en"}"><head><meta charset="utf-8">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title} · intervale</title><style>{_STYLE}</style></head>'
         f'<body><main><h1>{title}</h1><div class="soft">{_e(under)}</div>{body}</main></body></html>\n'
     )

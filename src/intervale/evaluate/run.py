@@ -71,7 +71,8 @@ def _refuse_modes(prompt: str, mode: str) -> None:
 
 
 def _refuse_missing_pictures(records: Sequence[Record]) -> None:
-    for image, record in {(record.root / image): (image, record) for record in records for image in record.images}.values():
+    first = {record.root / image: (record, image) for record in reversed(records) for image in record.images}
+    for record, image in first.values():
         picture_size(inside(record.root, image, record.where), f"{record.where}: {image}")
 
 

@@ -83,7 +83,7 @@ def export(src: Path, dst: Path, to: str, *, dtype: torch.dtype | None, tell: Ca
         changed = merge_into(network, lambda name: dtype or source.dtype_of(name))
         changed |= _trained(checkpoint, network, source, dtype)
         _refuse_no_op(source, changed, src)
-    elif dtype is not None:
+    if dtype is not None:
         for parameter in network.parameters():
             parameter.data = parameter.data.to(dtype).float()
     merged = _probe(network, source)

@@ -1,0 +1,273 @@
+"""An evaluation asks every item once, survives being stopped, and sums up what is on file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from intervale.core.errors import UserError
+from intervale.core.files import write_json
+from intervale.core.lang import set_language
+from intervale.core.records import Message, Record, data_digest, read_records, to_json
+from intervale.data.dataset import TileCache, load_item
+from intervale.engine.decode import encode_tiles
+from intervale.evaluate import ask as asking
+from intervale.evaluate import run as running
+from intervale.evaluate.folder import PREDICTIONS, PROTOCOL, SUMMARY, read_predictions
+from intervale.evaluate.provenance import scored_on_training_items
+from intervale.evaluate.run import evaluate, plan
+from intervale.model.forward import embed
+from intervale.model.load import load_model
+from intervale.model.presets import init_model
+
+QUESTION, TAIL = "<image>\n图中的菜是什么味道?", "，图中的菜是酸辣粉"
+
+
+@pytest.fixture(autouse=True)
+def _english() -> Iterator[None]:
+    set_language("en")
+    yield
+    set_language(None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The tiny model is slower on two threads than on one, much slower when other tests run beside it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Path:
+    return tiny
+
+
+def write_data(folder: Path, items: int = 6, **changes: Any) -> Path:
+    """`items` questions on three drawn pictures, two tags."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for n in range(3):
+        Image.new("RGB", (60 + 40 * n, 60), (80 * n, 200 - 50 * n, 90)).save(folder / "images" / f"{n}.png")
+    lines = []
+    for n in range(items):
+        choices = ("酸", "酸辣", "甜", "苦")
+        fields: dict[str, Any] = {"choices": choices, "answer": n % 4, "tags": {"kind": "even" if n % 2 == 0 else "odd"}} | changes
+        told = Message("assistant", choices[n % 4] + TAIL)
+        lines.append(to_json(Record(f"q{n}", (Message("user", QUESTION), told), (f"images/{n // 2 % 3}.png",), **fields)) + "\n")
+    (folder / "data.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder / "data.jsonl"
+
+
+def go(model: Path, data: Path, out: Path, *, fresh: bool = False, told: list[str] | None = None, **options: Any) -> dict[str, Any]:
+    options = {"max_new_tokens": 4, "device": "cpu"} | options
+    return evaluate(plan(str(model), data, out, **options), fresh=fresh, tell=(told if told is not None else []).append)
+
+
+def timeless(value: Any) -> Any:
+    """Without the times, which are the only thing that may differ between two runs."""
+    return {key: entry for key, entry in value.items() if key != "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "mode"), [("open", "strict"), ("mcq", "strict"), ("mcq", "official"), ("open", "likelihood"), ("mcq", "likelihood")]
+)
+def test_every_mode_asks_every_item_once_and_sums_up_what_is_on_file(model: Path, tmp_path: Path, prompt: str, mode: str) -> None:
+    summary = go(model, write_data(tmp_path), tmp_path / "out", prompt=prompt, mode=mode)
+    lines = read_predictions(tmp_path / "out")
+    assert [line["id"] for line in lines] == [f"q{n}" for n in range(6)]
+    assert summary == json.loads((tmp_path / "out" / SUMMARY).read_text())
+    assert summary["correct"] == sum(line["parsed"] == line["answer"] for line in lines)
+    assert summary["accuracy"] == summary["correct"] / 6
+    assert {value: score["n"] for value, score in summary["tags"]["kind"].items()} == {"even": 3, "odd": 3}
+    assert sum(summary["predicted_positions"].values()) == 6
+    assert summary["protocol"] == {
+        "prompt": prompt, "mode": mode, "max_tiles": 4, "max_new_tokens": None if mode == "likelihood" else 4, "headline": "sum" if mode == "likelihood" else None,
+    }  # fmt: skip
+    assert ("raw" in lines[0]) == (mode != "likelihood")
+
+
+def test_a_likelihood_is_that_of_the_trained_sequence(model: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path)
+    go(model, data, tmp_path / "out", mode="likelihood")
+    record, line = read_records(data)[1], read_predictions(tmp_path / "out")[1]
+    loaded = load_model(model, device="cpu")
+    item = load_item(record, loaded.tokenizer, loaded.template, loaded.tiling, TileCache())
+    ids = torch.from_numpy(item.ids_S)[None]
+    with torch.inference_mode():
+        embedded = embed(loaded.network, ids, encode_tiles(loaded, item.tiles_PHWC), loaded.network.config.image_token_id)
+        hidden = loaded.network.model.language_model(inputs_embeds=embedded).last_hidden_state
+        logs = torch.log_softmax(loaded.network.lm_head(hidden[0]).float(), -1)
+    first = int(item.trained_S.argmax())
+    length = len("酸辣，".encode())  # the tiny tokenizer has a token a byte
+    wanted = sum(float(logs[at - 1, item.ids_S[at]]) for at in range(first, first + length))
+    score = line["scores"][1]
+    assert score["tokens"] == length
+    assert score["sum"] == pytest.approx(wanted, abs=1e-4)
+    assert score["mean"] == pytest.approx(wanted / length, abs=1e-5)
+    assert line["parsed"] == max(range(4), key=lambda n: line["scores"][n]["sum"])
+    assert line["parsed_mean"] == max(range(4), key=lambda n: line["scores"][n]["mean"])
+
+
+def test_equal_likelihoods_are_a_tie_and_wrong(model: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path, items=1, choices=("酸", " 酸 "), answer=0)
+    summary = go(model, data, tmp_path / "out", mode="likelihood")
+    assert (summary["correct"], summary["ties"], summary["predicted_positions"]["none"]) == (0, 1, 1)
+
+
+def test_a_picture_goes_through_the_tower_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    real = asking.encode_tiles
+    monkeypatch.setattr(asking, "encode_tiles", lambda m, tiles: passes.append(len(tiles)) or real(m, tiles))
+    go(model, write_data(tmp_path), tmp_path / "out", mode="likelihood", prompt="mcq")
+    assert len(passes) == 3
+
+
+def test_a_stopped_evaluation_goes_on_and_ends_as_a_straight_one(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_data(tmp_path)
+    straight = go(model, data, tmp_path / "straight")
+    asked: list[str] = []
+    real = running.ask
+
+    def stopping(loaded: Any, features: Any, record: Record, protocol: Any) -> Any:
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(record.id)
+        return real(loaded, features, record, protocol)
+
+    monkeypatch.setattr(running, "ask", stopping)
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        go(model, data, tmp_path / "out", told=told)
+    assert "3 of 6" in told[-1]
+    assert not (tmp_path / "out" / SUMMARY).exists()
+    with open(tmp_path / "out" / PREDICTIONS, "a") as file:
+        file.write('{"id": "q3", "que')  # a crash in the middle of a line
+    monkeypatch.setattr(running, "ask", lambda *args: asked.append(args[2].id) or real(*args))
+    continued = go(model, data, tmp_path / "out")
+    assert asked == [f"q{n}" for n in range(6)]
+    assert timeless(continued) == timeless(straight)
+    lines = [[timeless(line) for line in read_predictions(tmp_path / name)] for name in ("straight", "out")]
+    assert lines[0] == lines[1]
+
+
+def test_a_finished_evaluation_is_read_not_repeated(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_data(tmp_path, items=2)
+    first = go(model, data, tmp_path / "out")
+    monkeypatch.setattr(running, "load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    told: list[str] = []
+    assert go(model, data, tmp_path / "out", told=told) == first
+    assert "already evaluated" in told[0]
+
+
+def test_another_protocol_model_or_data_is_refused_by_name_and_fresh_keeps_the_old(model: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path, items=2)
+    go(model, data, tmp_path / "out")
+    with pytest.raises(UserError) as caught:
+        go(model, write_data(tmp_path / "other", items=3), tmp_path / "out", mode="likelihood", max_tiles=2)
+    for told in ('protocol.mode: "strict" -> "likelihood"', "protocol.max_tiles: 4 -> 2", "data.items: 2 -> 3", "data.digest"):
+        assert told in caught.value.what
+    init_model(tmp_path / "seeded", "tiny", seed=7)
+    with pytest.raises(UserError, match=r"model\.fingerprint"):
+        go(tmp_path / "seeded", data, tmp_path / "out")
+    go(model, data, tmp_path / "out", mode="likelihood", fresh=True)
+    assert json.loads((tmp_path / "out.old-1" / PROTOCOL).read_text())["protocol"]["mode"] == "strict"
+    assert (tmp_path / "out.old-1" / SUMMARY).is_file()
+
+
+def test_a_folder_of_something_else_is_never_touched(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(UserError, match="not an evaluation"):
+            go(model, write_data(tmp_path, items=1), tmp_path / "out", fresh=fresh)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_items_that_cannot_be_scored_are_counted_not_skipped(model: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path, items=3)
+    open_ended = Record("free", (Message("user", QUESTION), Message("assistant", "酸")), ("images/0.png",))
+    with open(data, "a", encoding="utf-8") as file:
+        file.write(to_json(open_ended) + "\n")
+    with pytest.raises(UserError, match=r"1 \(line 4\) of 4 items have no 'choices'"):
+        go(model, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_picture_is_found_before_anything_is_written(model: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path)
+    (tmp_path / "images" / "2.png").unlink()
+    with pytest.raises(UserError, match=r"2\.png"):
+        go(model, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_official_needs_letters_to_look_for(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        go(model, write_data(tmp_path, items=1), tmp_path / "out", mode="official")
+    assert "--prompt mcq" in caught.value.fix
+
+
+def test_limit_takes_the_first_items(model: Path, tmp_path: Path) -> None:
+    summary = go(model, write_data(tmp_path), tmp_path / "out", limit=2)
+    assert (summary["n"], summary["data"]["items"]) == (2, 2)
+
+
+def exported(folder: Path, training: Path | None, digest: str = "") -> Path:
+    folder.mkdir()
+    if training is not None:
+        records = read_records(training)
+        write_json(
+            folder / "intervale.json", {"train": {"file": str(training), "items": len(records), "digest": digest or data_digest(records)}}
+        )
+    return folder
+
+
+def seen(model_folder: Path, data: Path) -> bool | None:
+    return scored_on_training_items(model_folder, data, read_records(data))[0]
+
+
+def test_whether_items_were_trained_on_is_said_when_it_can_be_known(tmp_path: Path) -> None:
+    training = write_data(tmp_path / "train", items=2)
+    held_out = write_data(tmp_path / "held", items=6)
+    kept = [line for line in held_out.read_text().splitlines(True) if "images/0.png" not in line]
+    assert len(kept) == 4
+    tuned = exported(tmp_path / "tuned", training)
+    assert seen(exported(tmp_path / "plain", None), training) is None
+    assert seen(tuned, training) is True
+    assert seen(tuned, held_out) is True  # two of the six, though in another file with another digest
+    held_out.write_text("".join(kept))
+    assert seen(tuned, held_out) is False
+    training.unlink()
+    assert seen(tuned, held_out) is None
+
+
+def test_a_data_set_without_held_out_items_says_so_for_every_model(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "all", items=2)
+    plain = exported(tmp_path / "plain", None)
+    write_json(tmp_path / "all" / "dataset.json", {"all": True, "scored_on_training_items": True, "files": {"data.jsonl": {}}})
+    assert seen(plain, data) is True
+    write_json(tmp_path / "all" / "dataset.json", {"all": False, "scored_on_training_items": False, "files": {"data.jsonl": {}}})
+    assert seen(plain, data) is None
+
+
+def test_the_provenance_of_a_base_under_a_run_counts(tmp_path: Path) -> None:
+    training = write_data(tmp_path / "train", items=2)
+    other = write_data(tmp_path / "other", items=6)
+    kept = [line for line in other.read_text().splitlines(True) if "images/2.png" in line]
+    other.write_text("".join(kept))
+    base = exported(tmp_path / "base", training)
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoints" / "step-1"
+    checkpoint.mkdir(parents=True)
+    write_json(checkpoint / "base.json", {"folder": str(base)})
+    write_json(run / "run.json", {"train": {"file": str(other), "digest": data_digest(read_records(other))}})
+    for folder in (run, checkpoint):
+        assert seen(folder, training) is True
+        assert seen(folder, other) is True
