@@ -52,7 +52,14 @@ def questions(number: int, file: str, cuisine: str, ingredient: str, rng: random
     ):
         rng.shuffle(choices)
         name = f"彩盘{number}号"
-        meta = {"main_ingredient": [ingredient], "id": number, "food_name": name, "food_type": cuisine, "food_location": "", "food_file": file}
+        meta = {
+            "main_ingredient": [ingredient],
+            "id": number,
+            "food_name": name,
+            "food_type": cuisine,
+            "food_location": "",
+            "food_file": file,
+        }
         entry = {"question": question, "choices": choices, "answer": str(choices.index(right)), "question_type": kind, "food_name": name}
         asked.append(entry | {"question_id": f"plate-{number}-{kind}", "food_meta": meta})
     return asked

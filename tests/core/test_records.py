@@ -38,6 +38,7 @@ def test_round_trip_keeps_every_field() -> None:
         ({"answer": True}, "there are 2 choices"),
         ({"choices": "ab"}, "list of texts"),
         ({"tags": ["a"]}, "object"),
+        ({"choices": ["\ud800", "b"]}, "surrogate"),
     ],
 )
 def test_each_fault_is_named(change: dict[str, object], why: str) -> None:

@@ -271,3 +271,13 @@ def test_the_provenance_of_a_base_under_a_run_counts(tmp_path: Path) -> None:
     for folder in (run, checkpoint):
         assert seen(folder, training) is True
         assert seen(folder, other) is True
+
+
+def test_a_converted_export_still_knows_its_training(tmp_path: Path) -> None:
+    training = write_data(tmp_path / "train", items=2)
+    again = exported(tmp_path / "again", None)
+    write_json(
+        again / "intervale.json",
+        {"format": "official", "before": json.loads((exported(tmp_path / "tuned", training) / "intervale.json").read_text())},
+    )
+    assert seen(again, training) is True

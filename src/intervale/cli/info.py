@@ -46,6 +46,8 @@ def describe(path: Path) -> dict[str, Any]:
         summary = read_json(path / "summary.json")
         keys = ("accuracy", "n", "correct", "interval", "prompt", "mode", "protocol", "scored_on_training_items")
         return {"kind": "evaluation", **{key: summary[key] for key in keys if key in summary}, "files": _files(path)}
+    if (path / "report.json").is_file():
+        return {"kind": "comparison", "files": _files(path)}
     if (path / "predictions.jsonl").is_file():
         return {"kind": "evaluation, not finished", "files": _files(path)}
     if (path / "config.json").is_file():

@@ -15,8 +15,10 @@ from intervale import __version__
 from intervale.cli import prepare
 from intervale.cli.chat import chat
 from intervale.cli.check import check
+from intervale.cli.compare import compare
 from intervale.cli.convert import convert
 from intervale.cli.doctor import doctor
+from intervale.cli.evaluate import evaluate
 from intervale.cli.export import export
 from intervale.cli.info import info
 from intervale.cli.init import init
@@ -34,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(prepare.app, name="prepare")
-for command in (check, train, export, chat, init, convert, info, doctor):
+for command in (check, train, evaluate, compare, export, chat, init, convert, info, doctor):
     app.command()(command)
 
 

@@ -63,6 +63,8 @@ class Record:
 def _text(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: {name} must be text, not {json.dumps(value, ensure_ascii=False)[:80]}", "write it in quotes")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError(f"{where}: {name} holds half of a surrogate pair, which is no character", "write the text as UTF-8")
     return value
 
 
