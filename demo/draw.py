@@ -80,4 +80,4 @@ def main(folder: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 96)
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 240)

@@ -9,6 +9,7 @@ from intervale.core.files import write_atomic
 from intervale.core.runlog import read_metrics
 
 _SMOOTH = 0.9
+_WIDE = 5  # a fall by more than this is drawn on a logarithmic axis, or its end could not be read
 
 
 def draw_losses(run: Path) -> Path | None:
@@ -22,10 +23,10 @@ def draw_losses(run: Path) -> Path | None:
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
-    smooth, value = [], steps[0][1]
-    for _, loss, _ in steps:
+    smooth, value = [], 0.0
+    for number, (_, loss, _) in enumerate(steps, 1):
         value = _SMOOTH * value + (1 - _SMOOTH) * loss
-        smooth.append(value)
+        smooth.append(value / (1 - _SMOOTH**number))  # without the start's weight, as Adam corrects its averages
     numbers = [step for step, _, _ in steps]
     axes.plot(numbers, [loss for _, loss, _ in steps], color="#9db8d9", linewidth=1, label="training, each step")
     axes.plot(numbers, smooth, color="#1f4e8c", linewidth=2, label=f"training, smoothed ({_SMOOTH})")
@@ -33,7 +34,12 @@ def draw_losses(run: Path) -> Path | None:
         axes.plot([step for step, _ in held], [loss for _, loss in held], color="#c2571a", marker="o", linewidth=2, label="held-out")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per target token")
-    axes.set_ylim(bottom=0)
+    if smooth[0] > _WIDE * smooth[-1] > 0:
+        axes.set_yscale("log")
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter("{x:g}")
+    else:
+        axes.set_ylim(bottom=0)
     axes.set_title(run.name)
     axes.grid(alpha=0.3)
     rates = axes.twinx()
