@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ["INTERVALE_LANG"] = "en"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, on models too small to share among threads
 
 import pytest
 from PIL import Image, ImageDraw

@@ -37,9 +37,9 @@ def test_a_failure_is_two_lines_and_an_exit_code(words: list[str], code: int, wh
 
 
 def test_messages_come_in_chinese_when_asked(tmp_path: Path) -> None:
-    assert "办法" in intervale("info", "/nowhere", INTERVALE_LANG="zh").stderr
-    assert "办法" in intervale("--lang", "zh", "info", "/nowhere").stderr
-    assert intervale("--lang", "de", "info", "/nowhere").returncode == 2
+    assert "办法" in intervale("train", "/nowhere.yaml", INTERVALE_LANG="zh").stderr
+    assert "办法" in intervale("--lang", "zh", "train", "/nowhere.yaml").stderr
+    assert intervale("--lang", "de", "train", "/nowhere.yaml").returncode == 2
 
 
 def test_info_and_doctor_print_one_json_document(tiny: Path) -> None:
