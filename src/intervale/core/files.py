@@ -86,6 +86,16 @@ def refuse_existing(dst: Path) -> None:
         raise UserError(f"{dst} already exists and is not empty", "choose another folder, or remove this one first")
 
 
+def set_aside(folder: Path) -> Path:
+    """Rename a folder to NAME.old-1 (or the next free number), so that a fresh start loses nothing; returns the new place."""
+    folder = Path(os.path.abspath(folder))
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    os.replace(folder, aside)
+    return aside
+
+
 @contextlib.contextmanager
 def staged_folder(dst: Path) -> Iterator[Path]:
     """Build a folder aside and rename it to `dst` at the end; any exception removes what was built.

@@ -40,6 +40,17 @@ def forget_after(run: Path, step: int) -> None:
     write_atomic(run / METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Every leaf in which two JSON values differ, as `place: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in dict.fromkeys([*old, *new]):
+            found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+        return found
+    shown = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
+    return [] if old == new else [f"{name}: {shown[0]} -> {shown[1]}"]
+
+
 def versions() -> dict[str, str]:
     """The software this process runs on."""
     found = {"intervale": __version__, "python": sys.version.split()[0], "platform": platform.platform()}

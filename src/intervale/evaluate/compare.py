@@ -12,7 +12,8 @@ from typing import Any
 
 from intervale.core.errors import UserError
 from intervale.core.files import write_atomic, write_json
-from intervale.evaluate.folder import differences, read_evaluation
+from intervale.core.runlog import differences
+from intervale.evaluate.folder import read_evaluation
 from intervale.evaluate.report import report_html
 from intervale.evaluate.statistics import Pairs, mcnemar, paired_difference
 

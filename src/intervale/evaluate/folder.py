@@ -7,37 +7,16 @@ it; a summary is a function of the lines alone. Cost: one small append an item.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from intervale.core.errors import UserError
-from intervale.core.files import disk_errors, parse_json, read_json, read_text, write_json
+from intervale.core.files import disk_errors, parse_json, read_json, read_text, set_aside, write_json
 from intervale.core.lang import say
+from intervale.core.runlog import differences
 
 PROTOCOL, PREDICTIONS, SUMMARY = "protocol.json", "predictions.jsonl", "summary.json"
-
-
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Every leaf in which two JSON values differ, as `place: old -> new`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in dict.fromkeys([*old, *new]):
-            found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
-        return found
-    shown = [json.dumps(value, ensure_ascii=False) for value in (old, new)]
-    return [] if old == new else [f"{name}: {shown[0]} -> {shown[1]}"]
-
-
-def set_aside(folder: Path) -> Path:
-    """Rename a folder to NAME.old-1 (or the next free number) and return that."""
-    folder = Path(os.path.abspath(folder))
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    os.replace(folder, aside)
-    return aside
 
 
 def open_folder(out: Path, identity: dict[str, Any], fresh: bool, tell: Callable[[str], None]) -> str:

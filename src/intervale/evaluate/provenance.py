@@ -17,18 +17,9 @@ from intervale.core.files import inside, read_json, sha256_file
 from intervale.core.lang import say
 from intervale.core.records import Record, data_digest, read_records
 from intervale.model.adapt import ADAPTER, BASE, TRAINED, base_folder, checkpoint_of
-from intervale.model.source import fingerprint
+from intervale.model.source import add_ends, fingerprint
 
 _CARD, _EXPORTED, _RUN = "dataset.json", "intervale.json", "run.json"
-
-
-def _ends(path: Path, digest: Any) -> None:
-    size = path.stat().st_size
-    digest.update(f"{path.name} {size}".encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(1 << 20))
-        file.seek(max(size - (1 << 20), 0))
-        digest.update(file.read(1 << 20))
 
 
 def model_identity(folder: Path) -> dict[str, Any]:
@@ -42,7 +33,7 @@ def model_identity(folder: Path) -> dict[str, Any]:
         digest = hashlib.sha256()
         for name in (ADAPTER, TRAINED, "adapter_config.json"):
             if (checkpoint / name).is_file():
-                _ends(checkpoint / name, digest)
+                add_ends(checkpoint / name, digest)
         own = digest.hexdigest()[:16]
     return {
         "fingerprint": fingerprint(base_folder(folder)),

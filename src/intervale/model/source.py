@@ -24,6 +24,7 @@ from intervale.model.tokenizer import load_tokenizer
 
 OFFICIAL_SIDE = "official_source"  # inside an hf folder: config.json, code and tokenizer files of the official one it came from
 _OFFICIAL_HEADS = {"language_model.output.weight", "language_model.lm_head.weight"}
+_END = 1 << 20  # bytes
 NO_IMAGE_TOKEN = -1  # the id could not be looked up; the network works, but nobody can place a picture by id
 
 
@@ -165,12 +166,16 @@ def fingerprint(folder: Path) -> str:
     Reads at most 2 MiB a file, so it costs milliseconds; it tells apart models, it does not detect a flipped bit.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    block = 1 << 20
     for name in weight_files(folder):
-        size = (folder / name).stat().st_size
-        digest.update(f"{name} {size}".encode())
-        with open(folder / name, "rb") as file:
-            digest.update(file.read(block))
-            file.seek(max(size - block, 0))
-            digest.update(file.read(block))
+        add_ends(folder / name, digest)
     return digest.hexdigest()[:16]
+
+
+def add_ends(path: Path, digest: Any) -> None:
+    """Feed a file's name, size, and first and last MiB to a hashlib digest."""
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size}".encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(_END))
+        file.seek(max(size - _END, 0))
+        digest.update(file.read(_END))

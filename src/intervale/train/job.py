@@ -15,7 +15,7 @@ import torch
 from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
-from intervale.core.files import read_json, write_json
+from intervale.core.files import read_json, set_aside, write_json
 from intervale.core.lang import say
 from intervale.core.records import Record, data_digest, read_records
 from intervale.core.runlog import versions
@@ -115,10 +115,7 @@ def open_folder(job: Job, resume: bool, fresh: bool) -> str:
         raise UserError(f"{folder} exists and is not a training run", "choose another `out`, or remove this folder")
     status = read_json(folder / "run.json").get("status")
     if fresh:
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-            number += 1
-        os.replace(folder, aside)
+        aside = set_aside(folder)
         job.tell(say(f"the earlier run is kept as {aside}", f"先前的运行保留在 {aside}"))
         return "new"
     if status == "done":

@@ -22,9 +22,9 @@ import torch
 from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
-from intervale.core.files import write_atomic
+from intervale.core.files import read_json, write_atomic
 from intervale.core.lang import say
-from intervale.core.runlog import append_metrics, forget_after
+from intervale.core.runlog import append_metrics, differences, forget_after
 from intervale.data.dataset import Item, TileCache, load_item, step_items
 from intervale.data.images import PictureError
 from intervale.train import job as jobs
@@ -35,7 +35,7 @@ from intervale.train.plot import draw_losses
 from intervale.train.prepare import GIB, free_memory, make_optimizer, set_modes, used_memory
 from intervale.train.recipe import TrainRecipe
 from intervale.train.schedule import learning_rate
-from intervale.train.state import Progress, changed_fields, choose_checkpoint, restore, save_checkpoint, trainable
+from intervale.train.state import Progress, choose_checkpoint, restore, save_checkpoint, trainable
 from intervale.train.step import Compute, Sums, accumulate, held_out
 
 _PLOT_SECONDS, _TELL_SECONDS = 20.0, 5.0
@@ -135,7 +135,7 @@ def _dry_run(job: Job, world: World) -> Outcome:
 def _train(job: Job, world: World, state: str) -> Outcome:
     network, dtype, cost = jobs.load_for(job, world)
     keep, why = jobs.keep_features(job, network, dtype)
-    optimizer = make_optimizer(network, job.recipe, world.device)
+    optimizer = make_optimizer(network, job.recipe)
     compute = Compute(dtype, world.device, job.side.tokenizer.control("<IMG_CONTEXT>"), {} if keep else None)
     total = job.steps(world.size)
     job.tell(_describe(job, world, total))
@@ -160,15 +160,13 @@ def _train(job: Job, world: World, state: str) -> Outcome:
 
 
 def _restore(job: Job, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    from intervale.core.files import read_json
-
     chosen, skipped = choose_checkpoint(job.folder)
     for line in skipped:
         job.tell(say(f"skipped {line}", f"跳过 {line}"))
     if chosen is None:
         job.tell(say("no checkpoint to resume from: starting at step 0", "没有可恢复的检查点：从第 0 步开始"))
         return Progress()
-    changed = changed_fields(read_json(chosen / "state.json")["identity"], job.identity())
+    changed = differences(read_json(chosen / "state.json")["identity"], job.identity())
     if changed:
         raise UserError(
             f"{job.folder}: this is not the run that was started: " + "; ".join(changed),

@@ -110,22 +110,6 @@ def restore(folder: Path, network: torch.nn.Module, optimizer: torch.optim.Optim
     for name, parameter in trainable(network).items():
         entries = {key: moments[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in moments}
         if entries:
-            # The step count stays on the CPU, as AdamW keeps it (fused AdamW wants it beside the parameter).
-            fused = optimizer.param_groups[0].get("fused")
-            optimizer.state[parameter] = {
-                key: value.to(parameter.device) if key != "step" or fused else value for key, value in entries.items()
-            }
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
     state = read_json(folder / STATE)
     return Progress(state["step"], state["samples"], state["tokens"], state["seconds"])
-
-
-def changed_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """'train.seed: 42 -> 43' for every field that differs."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += changed_fields(before, after, f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {before} -> {after}")
-    return lines
