@@ -19,6 +19,11 @@ def test_exponents_are_numbers_and_overrides_win(tmp_path: Path) -> None:
     assert (recipe.train.learning_rate, recipe.train.epochs, recipe.lora.rank, recipe.data.max_tiles) == (3e-5, 7, 4, 2)
 
 
+def test_on_and_off_are_words(tmp_path: Path) -> None:
+    assert load(tmp_path, BASE + "train: {checkpointing: on}\n").train.checkpointing == "on"
+    assert load(tmp_path, BASE, "train.checkpointing=off").train.checkpointing == "off"
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

@@ -232,6 +232,6 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path, tiny: Path, plates: 
         str(two),
     ]
     subprocess.run(
-        [*command, "--set", "parallel.strategy=ddp", "--set", "lora.dropout=0.0"], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [*command, "--set", "parallel.strategy=ddp", "--set", "lora.dropout=0.0"], check=True, env=os.environ | {"INTERVALE_DEVICE": "cpu"}
     )
     assert losses(tmp_path / "two" / "run") == pytest.approx(losses(tmp_path / "one" / "run"), rel=1e-5)

@@ -21,7 +21,12 @@ Recipe = TypeVar("Recipe", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads 3e-5 as a number (YAML 1.1 calls it text) and refuses a key given twice."""
+    """Safe YAML that reads 3e-5 as a number and on/off/yes/no as text (YAML 1.1 has both otherwise), and refuses a key given twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's own attribute)
+        first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:bool"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -45,6 +50,7 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> float | str:
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _Loader.add_constructor("!exponent", _number)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _EXPONENT = re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("!exponent", _EXPONENT, list("-+0123456789"))
 
