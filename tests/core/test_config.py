@@ -39,6 +39,9 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
         (BASE + "train: {epochs: 1}\ntrain: {epochs: 2}\n", "stands twice"),
         (BASE + "train: {epochs\n", "not valid YAML"),
         ("- a\n", "key: value"),
+        (BASE + "train: {epochs: 1:30:00}\n", "train.epochs"),
+        (BASE + "out: 2024-13-45\n? [a]\n: b\n", "not valid YAML"),
+        (BASE + "train: {epochs: " + "[" * 3000, "not valid YAML"),
     ],
 )
 def test_each_fault_of_a_recipe_is_named(tmp_path: Path, text: str, why: str) -> None:

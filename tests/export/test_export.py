@@ -7,6 +7,7 @@ import torch
 from intervale.core.config import load_recipe
 from intervale.core.errors import UserError
 from intervale.export.export import PROVENANCE, export
+from intervale.model.convert import convert
 from intervale.model.load import load_model, load_network, load_text_side
 from intervale.train.loop import train
 from intervale.train.recipe import TrainRecipe
@@ -77,9 +78,22 @@ def test_a_silent_no_op_is_refused(tmp_path: Path, tuned: Path) -> None:
     adapter = load_file(checkpoint / "adapter_model.safetensors")
     zero = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in adapter.items()}
     save_file(zero, checkpoint / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="safetensors is damaged"):
+        export(tmp_path / "run", tmp_path / "out", "hf", dtype=None, tell=lambda text: None)
+    (checkpoint / "MANIFEST.json").unlink()
     with pytest.raises(UserError, match="nothing changed"):
         export(tmp_path / "run", tmp_path / "out", "hf", dtype=None, tell=lambda text: None)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_an_export_says_of_itself_stays_with_its_weights(tmp_path: Path, tuned: Path) -> None:
+    export(tuned, tmp_path / "one", "official", dtype=None, tell=lambda text: None)
+    told = (tmp_path / "one" / PROVENANCE).read_text()
+    convert(tmp_path / "one", tmp_path / "two", "hf")
+    convert(tmp_path / "two", tmp_path / "three", "official")
+    for name in ("two", "three"):
+        assert (tmp_path / name / PROVENANCE).read_text() == told
+    assert not (tmp_path / "two" / "official_source" / PROVENANCE).exists()
 
 
 def test_a_base_that_changed_since_is_refused(tmp_path: Path, tuned: Path, tiny: Path) -> None:

@@ -12,6 +12,7 @@ from intervale.core.errors import UserError
 from intervale.model import families, layout
 from intervale.model.checkpoint import INDEX
 from intervale.model.convert import convert
+from intervale.model.hf_files import LAYOUT
 from intervale.model.load import load_network
 from intervale.model.source import OFFICIAL_SIDE, build_network
 
@@ -264,6 +265,49 @@ def test_hostile_code_beside_the_weights_is_never_imported(tmp_path: Path, tiny:
     load_model(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "off", "official")
     assert not sentinel.exists()
+
+
+@pytest.mark.parametrize("name", ["/tmp/intervale-pwned.safetensors", "../../pwned.safetensors", "x.bin", 3, None])
+def test_a_file_name_from_a_folder_cannot_lead_out_of_the_target(tmp_path: Path, name: object) -> None:
+    convert(write_official(tmp_path / "src", "internlm2"), tmp_path / "hf", "hf", image_token_id=IMAGE_TOKEN)
+    layout_file = tmp_path / "hf" / OFFICIAL_SIDE / LAYOUT
+    shards = json.loads(layout_file.read_text())["shards"]
+    layout_file.write_text(json.dumps({"shards": dict.fromkeys(shards, name)}))
+    with pytest.raises(UserError, match="not the name of a weight file"):
+        convert(tmp_path / "hf", tmp_path / "out", "official")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "src"]
+    assert not Path("/tmp/intervale-pwned.safetensors").exists()
+
+
+def test_side_files_and_folders_come_back(tmp_path: Path) -> None:
+    source = write_official(tmp_path / "src", "internlm2")
+    (source / "examples").mkdir()
+    for name in ("examples/a.txt", ".gitattributes", "layout.json", "README.md"):
+        (source / name).write_text(name)
+    convert(source, tmp_path / "hf", "hf", image_token_id=IMAGE_TOKEN)
+    convert(tmp_path / "hf", tmp_path / "back", "official")
+    before, after = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (source, tmp_path / "back"))
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"force_image_size": "28"}, "force_image_size is '28'"),
+        ({"max_dynamic_patch": 100000, "dynamic_image_size": True}, "limit of 128"),
+        ({"select_layer": -9}, "select_layer -9"),
+        ({"vision_config": None}, "vision_config|NoneType"),
+        ({"template": ["a"]}, "template"),
+    ],
+)
+def test_a_broken_config_is_named_never_a_traceback(tmp_path: Path, tiny: Path, change: dict[str, object], why: str) -> None:
+    from intervale.model.load import load_model
+
+    shutil.copytree(tiny, tmp_path / "m")
+    config = json.loads((tiny / "config.json").read_text()) | change
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=why):
+        load_model(tmp_path / "m", device="cpu")
 
 
 def test_without_a_tokenizer_the_image_token_must_be_given(tmp_path: Path) -> None:

@@ -117,6 +117,46 @@ def test_a_changed_recipe_or_data_is_not_resumed(tmp_path: Path, tiny: Path, pla
     assert (tmp_path / "run.old-1" / "metrics.jsonl").exists()
 
 
+def test_a_finished_run_of_another_recipe_is_not_called_complete(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates)
+    run(path)
+    assert run(path, "data.workers=0", "train.save_steps=7").status == "done"
+    with pytest.raises(UserError, match=r"recipe\.train\.seed: 42 -> 7"):
+        run(path, "train.seed=7")
+
+
+def test_a_damaged_last_checkpoint_is_made_again(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    from intervale.model.adapt import verify_checkpoint
+
+    path = write_recipe(tmp_path, tiny, plates, save_steps=2)
+    run(path)
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    whole = (newest / "trained.safetensors").read_bytes()
+    (newest / "trained.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 2]))
+    state = json.loads((tmp_path / "run" / "run.json").read_text()) | {"status": "running"}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(state))
+    run(path, resume=True)
+    assert verify_checkpoint(newest) == ""
+    assert (newest / "trained.safetensors").read_bytes() == whole
+
+
+def test_a_folder_has_one_writer(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    from intervale.core.files import locked
+
+    path = write_recipe(tmp_path, tiny, plates)
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="written by another process"):
+        run(path)
+    assert run(path).status == "done"
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_run_may_have_any_name(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    folder = tmp_path / "run $a^$ 菜"
+    assert run(write_recipe(tmp_path, tiny, plates), f"out={folder}").status == "done"
+    assert (folder / "loss.png").exists()
+
+
 def test_rotation_keeps_the_newest_and_minus_one_keeps_all(tmp_path: Path, tiny: Path, plates: Path) -> None:
     path = write_recipe(tmp_path, tiny, plates, epochs=3, save_steps=1)
     for limit, count in ((2, 2), (-1, 6)):
@@ -167,6 +207,10 @@ def test_a_full_disk_during_a_save_keeps_the_earlier_checkpoint(
         (["lora.targets=llm+haed"], "haed"),
         (["data.min_tiles=3", "data.max_tiles=2"], "tiles"),
         (["train.vision=full", "train.features=cache"], "not frozen"),
+        (["train.seed=5000000000"], "train.seed"),
+        (["lora.targets=vision"], "names neither llm nor head"),
+        (["lora.targets=llm+vision"], "set train.vision to lora"),
+        (["data.max_tiles=3000"], "limit of 128"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
@@ -185,6 +229,7 @@ def test_an_unreadable_picture_stops_or_is_listed_but_never_replaced(tmp_path: P
     path = write_recipe(tmp_path, tiny, tmp_path)
     with pytest.raises(UserError, match=r"train\.jsonl:4.*train-3\.png.*damaged"):
         run(path)
+    assert not (tmp_path / "run").exists()  # so that the corrected run starts without --fresh
     assert run(path, "data.on_bad_sample=skip", fresh=True).status == "done"
     listed = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [entry["id"] for entry in listed] == ["p3"]

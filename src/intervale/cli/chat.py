@@ -23,9 +23,9 @@ def chat(
     question: Annotated[str | None, typer.Argument(help="Asked once; without it the chat is interactive.")] = None,
     image: Annotated[list[Path] | None, typer.Option("-i", "--image", help="A picture to talk about. Repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, max=10.0, help="0: always the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Choose among the most likely tokens of this total probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same answer.")] = None,
     max_tiles: Annotated[
         int | None, typer.Option(min=1, help="Tiles a picture (default: the model's; at most 4 on a CPU for 448-pixel tiles).")
     ] = None,
@@ -35,11 +35,11 @@ def chat(
     from intervale.data.images import load_picture
     from intervale.engine.api import Sampling
     from intervale.engine.local import LocalEngine
-    from intervale.model.load import default_device, load_model, load_text_side
+    from intervale.model.load import as_device, load_model, load_text_side
 
     pictures = [load_picture(path) for path in image or []]
     tiling = load_text_side(model).tiling
-    if max_tiles is None and (device or default_device()) == "cpu" and tiling.tile_size >= 448 and tiling.max_tiles > _CPU_TILES:
+    if max_tiles is None and as_device(device).type == "cpu" and tiling.tile_size >= 448 and tiling.max_tiles > _CPU_TILES:
         max_tiles = _CPU_TILES
         note(
             say(

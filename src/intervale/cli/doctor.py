@@ -52,7 +52,9 @@ def examine() -> dict[str, Any]:
 
 def _fast_bf16() -> bool:
     try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text() or "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8") or "amx_bf16" in Path("/proc/cpuinfo").read_text(
+            encoding="utf-8"
+        )
     except OSError:
         return False
 

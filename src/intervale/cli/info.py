@@ -9,7 +9,7 @@ import typer
 
 from intervale.cli.output import emit_json, result
 from intervale.core.errors import UserError
-from intervale.core.files import read_json
+from intervale.core.files import read_json, read_object
 
 
 def info(
@@ -41,7 +41,7 @@ def describe(path: Path) -> dict[str, Any]:
     if (path / "run.json").is_file():
         return _run(path)
     if (path / "base.json").is_file():
-        return {"kind": "checkpoint", **read_json(path / "base.json"), "files": _files(path)}
+        return {"kind": "checkpoint", **read_object(path / "base.json", "folder"), "files": _files(path)}
     if (path / "summary.json").is_file():
         summary = read_json(path / "summary.json")
         keys = ("accuracy", "n", "correct", "interval", "prompt", "mode", "protocol", "scored_on_training_items")
@@ -79,7 +79,7 @@ def _run(path: Path) -> dict[str, Any]:
     from intervale.core.runlog import read_metrics
     from intervale.model.adapt import newest_checkpoint
 
-    run = read_json(path / "run.json")
+    run = read_object(path / "run.json", "status", "base", "train")
     last: dict[str, Any] = next((entry for entry in reversed(read_metrics(path)) if "loss" in entry), {})
     newest = newest_checkpoint(path)
     return {

@@ -24,7 +24,7 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that reads 3e-5 as a number and on/off/yes/no as text (YAML 1.1 has both otherwise), and refuses a key given twice."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's own attribute)
-        first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:bool"]
+        first: [(tag, rule) for tag, rule in rules if tag.rsplit(":", 1)[1] not in ("bool", "int", "float", "timestamp")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -43,7 +43,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 def _number(loader: _Loader, node: yaml.ScalarNode) -> float | str:
     text = str(node.value)
     try:
-        return float(text.replace("_", ""))
+        return float(text.replace("_", "").replace(".nan", "nan").replace(".inf", "inf"))
     except ValueError:
         return text
 
@@ -51,6 +51,9 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> float | str:
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _Loader.add_constructor("!exponent", _number)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+# No sexagesimal 1:30, no octal 010, no dates: a recipe's numbers are written as numbers.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][\d_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("!exponent", re.compile(r"^[-+]?(\d[\d_]*\.\d*|\.\d+|\.(nan|inf))$", re.IGNORECASE), list("-+.0123456789"))
 _EXPONENT = re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$")
 _Loader.add_implicit_resolver("!exponent", _EXPONENT, list("-+0123456789"))
 
@@ -59,7 +62,7 @@ def parse_yaml(text: str, where: str) -> Any:
     """YAML to plain values. Raises: UserError with the line."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where
         raise UserError(

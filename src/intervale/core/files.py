@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 from intervale.core.errors import UserError
 
 MIB = 1 << 20
+SLACK = 16 * MIB  # room for the small files beside the weights, and for whatever else writes meanwhile
 
 
 def _is_full_disk(error: BaseException) -> bool:
@@ -43,6 +45,10 @@ def disk_errors(target: Path) -> Iterator[None]:
             ) from error
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise UserError(f"{target}: not allowed to write here", "choose another output folder, or change its permissions") from error
+        if isinstance(error, OSError) or (isinstance(error, ValueError) and "null byte" in str(error)):
+            raise UserError(
+                f"{target}: cannot be written: {getattr(error, 'strerror', None) or error}", "choose another output folder"
+            ) from error
         raise
 
 
@@ -61,7 +67,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     Raises: UserError when the disk is full or the place is not writable.
     """
     data = content.encode() if isinstance(content, str) else content
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = path.with_name(f".{path.name[:60]}.{os.getpid()}.partial")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -103,9 +109,14 @@ def staged_folder(dst: Path) -> Iterator[Path]:
     Yields the folder to write into. Raises: UserError when `dst` holds something already, or on a full disk.
     """
     dst = Path(os.path.abspath(dst))
-    refuse_existing(dst)
-    aside = dst.with_name(f".{dst.name}.{os.getpid()}.partial")
+    aside = dst.with_name(f".{dst.name[:60]}.{os.getpid()}.partial")
     with disk_errors(dst):
+        refuse_existing(dst)
+        if dst.is_mount():
+            raise UserError(
+                f"{dst} is a mount point, which cannot be replaced by a finished folder",
+                f"write into a folder below it, for example {dst / 'out'}",
+            )
         try:
             dst.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(aside, ignore_errors=True)
@@ -123,14 +134,17 @@ def staged_folder(dst: Path) -> Iterator[Path]:
 
 
 def need_space(folder: Path, size: int) -> None:
-    """Raise a UserError when `size` bytes (and 16 MiB of slack) do not fit on the disk of `folder`."""
-    place = Path(os.path.abspath(folder))
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < size + 16 * MIB:
+    """Raise a UserError when `size` bytes (and SLACK) do not fit on the disk of `folder`."""
+    with disk_errors(folder):
+        place = Path(os.path.abspath(folder))
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+    needed = size + SLACK
+    if free < needed:
         raise UserError(
-            f"{folder}: the disk is full: {size / MIB:,.0f} MiB are needed and {free / MIB:,.0f} MiB are free; nothing was written",
+            f"{folder}: the disk is full: {needed / MIB:,.0f} MiB are needed ({SLACK // MIB} of them to spare) and {free / MIB:,.0f} MiB are free; "
+            "nothing was written",
             f"free some space under {place}, or write elsewhere",
         )
 
@@ -171,6 +185,38 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> Any:
     """A whole JSON file. Raises: UserError with the file's name."""
     return parse_json(read_text(path), str(path))
+
+
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object of our own making that has these keys. Raises: UserError when it is damaged."""
+    value = read_json(path)
+    if not isinstance(value, dict) or any(key not in value for key in keys):
+        raise UserError(
+            f"{path}: damaged: it should be a JSON object with {', '.join(keys) or 'its keys'}", "restore it, or make the folder again"
+        )
+    return value
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; the lock goes with the process, however it ends.
+
+    Raises: UserError when another process holds it. The lock lies beside the folder, which may not exist yet.
+    """
+    path = Path(os.path.abspath(folder))
+    path = path.with_name(f".{path.name[:60]}.lock")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder} is being written by another process", "wait for it, stop it, or choose another folder") from error
+        yield
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
 
 
 def sha256_file(path: Path) -> str:

@@ -138,12 +138,12 @@ def parse_record(item: Any, where: str, root: Path, number: int = 1) -> Record:
         raise UserError(f"{where}: 'tags' must be an object of texts", 'write "tags": {"question_type": "taste"}')
     name = item.get("id")
     return Record(
-        id=str(number) if name is None else str(name),
+        id=str(number) if name is None else _text(str(name), "the id", where),
         messages=messages,
         images=images,
         choices=choices,
         answer=answer,
-        tags={str(k): str(v) for k, v in tags.items()},
+        tags={_text(str(k), "a tag's name", where): _text(str(v), f"the tag {k!r}", where) for k, v in tags.items()},
         where=where,
         root=root,
     )

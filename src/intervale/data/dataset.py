@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -108,6 +109,7 @@ def measure(record: Record, tokenizer: Tokenizer, template: Template, tiling: Ti
     return size
 
 
+@lru_cache(maxsize=2)
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch's items: a permutation that depends on nothing but its arguments."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)

@@ -40,6 +40,8 @@ def max_pixels() -> int:
 def _open(source: Path | bytes, where: str) -> Image.Image:
     """The picture with its header read and no pixel decoded."""
     known = "use a JPEG, PNG, WebP, BMP, GIF or TIFF file (convert HEIC and others first)"
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise PictureError(f"{where}: not a file", "name the picture file itself")  # a pipe would block for ever
     try:
         with warnings.catch_warnings():
             # Pillow warns or raises at sizes of its own; our limit below is the lower one and names the numbers.

@@ -75,8 +75,8 @@ TEMPLATES = {
 
 def template_named(name: str, where: str) -> Template:
     """The template `name` of `where` (a config file). Raises: UserError when it is unknown."""
-    if name not in TEMPLATES:
-        raise UserError(f"{where}: unknown template {name!r}{nearest(name, TEMPLATES)}", f"use one of {', '.join(TEMPLATES)}")
+    if not isinstance(name, str) or name not in TEMPLATES:
+        raise UserError(f"{where}: unknown template {name!r}{nearest(str(name), TEMPLATES)}", f"use one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 

@@ -47,7 +47,8 @@ def prefill(model: Model, ids_S: np.ndarray, features: torch.Tensor | None) -> P
     limit = model.network.config.text_config.max_position_embeddings
     if len(ids_S) >= limit:
         raise UserError(
-            f"the prompt has {len(ids_S)} tokens; the model's context is {limit}", "use fewer or smaller pictures, or lower the tiles"
+            f"the prompt has {len(ids_S)} tokens; the model's context is {limit}",
+            "shorten the text, use fewer or smaller pictures, or lower the tiles",
         )
     ids_BS = torch.from_numpy(ids_S)[None].to(model.device)
     embedded = embed(model.network, ids_BS, features, model.network.config.image_token_id)

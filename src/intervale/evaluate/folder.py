@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from intervale.core.errors import UserError
-from intervale.core.files import disk_errors, parse_json, read_json, read_text, set_aside, write_json
+from intervale.core.files import disk_errors, parse_json, read_json, read_object, read_text, set_aside, write_json
 from intervale.core.lang import say
 from intervale.core.runlog import differences
 
@@ -20,7 +20,7 @@ PROTOCOL, PREDICTIONS, SUMMARY = "protocol.json", "predictions.jsonl", "summary.
 
 
 def open_folder(out: Path, identity: dict[str, Any], fresh: bool, tell: Callable[[str], None]) -> str:
-    """'new', 'resume' or 'done', with protocol.json in place.
+    """'new', 'resume' or 'done'; nothing is written yet (`begin` does), so that a model that cannot be loaded leaves no folder.
 
     Raises: UserError when `out` holds something else, or an evaluation of another protocol, model or data (listing what differs).
     """
@@ -37,8 +37,12 @@ def open_folder(out: Path, identity: dict[str, Any], fresh: bool, tell: Callable
             return "done" if (out / SUMMARY).is_file() else "resume"
         aside = set_aside(out)
         tell(say(f"the earlier evaluation is kept as {aside}", f"先前的评测保留在 {aside}"))
-    write_json(out / PROTOCOL, identity)
     return "new"
+
+
+def begin(out: Path, identity: dict[str, Any]) -> None:
+    """Write protocol.json, after which predictions may follow."""
+    write_json(out / PROTOCOL, identity)
 
 
 def read_predictions(folder: Path) -> list[dict[str, Any]]:
@@ -77,7 +81,7 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]
         raise UserError(
             f"{folder}: this evaluation is not finished", "run the same `intervale evaluate` again; it continues where it stopped"
         )
-    summary, predictions = read_json(folder / SUMMARY), read_predictions(folder)
+    summary, predictions = read_object(folder / SUMMARY, "n", "accuracy", "protocol", "tags"), read_predictions(folder)
     if len(predictions) != summary["n"]:
         raise UserError(f"{folder}: {len(predictions)} predictions, but the summary is of {summary['n']}", "evaluate again with --fresh")
     return summary, predictions

@@ -6,7 +6,6 @@ nothing is mixed that differs in protocol, model or data; no item is skipped. Co
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,17 +15,17 @@ from typing import Any
 import torch
 
 from intervale.core.errors import UserError
-from intervale.core.files import inside, write_json
+from intervale.core.files import inside, locked, write_json
 from intervale.core.lang import say
 from intervale.core.records import Record, data_digest, read_records
 from intervale.core.runlog import versions
 from intervale.data.images import picture_size
 from intervale.data.tiling import Tiling
 from intervale.evaluate.ask import Features, Protocol, ask, refuse_unscorable
-from intervale.evaluate.folder import SUMMARY, append_prediction, open_folder, positions, read_evaluation, read_predictions
+from intervale.evaluate.folder import SUMMARY, append_prediction, begin, open_folder, positions, read_evaluation, read_predictions
 from intervale.evaluate.provenance import model_identity, scored_on_training_items
 from intervale.evaluate.statistics import wilson
-from intervale.model.load import as_dtype, default_device, load_model, load_text_side, narrow, resolve_model
+from intervale.model.load import as_device, as_dtype, load_model, load_text_side, narrow, resolve_model
 
 Tell = Callable[[str], None]
 _EVERY = 3.0  # seconds between two lines of progress
@@ -70,12 +69,6 @@ def _refuse_modes(prompt: str, mode: str) -> None:
         )
 
 
-def _refuse_missing_pictures(records: Sequence[Record]) -> None:
-    first = {record.root / image: (record, image) for record in reversed(records) for image in record.images}
-    for record, image in first.values():
-        picture_size(inside(record.root, image, record.where), f"{record.where}: {image}")
-
-
 def plan(
     model: str,
     data: Path,
@@ -96,9 +89,11 @@ def plan(
     _refuse_modes(prompt, mode)
     records = read_records(data)[:limit]
     refuse_unscorable(records, str(data), prompt)
-    _refuse_missing_pictures(records)
+    for record in records:
+        for image in record.images:
+            picture_size(inside(record.root, image, record.where), f"{record.where}: {image}")
     tiling = narrow(load_text_side(model).tiling, None, max_tiles)
-    device = device or os.environ.get("INTERVALE_DEVICE") or default_device()
+    device = str(as_device(device))
     dtype = as_dtype(precision) if precision != "auto" else torch.bfloat16 if device.startswith("cuda") else torch.float32
     likely = mode == "likelihood"
     protocol = Protocol(prompt, mode, None if likely else max_new_tokens, tiling.max_tiles, "sum" if likely else None)
@@ -110,6 +105,11 @@ def evaluate(job: Plan, *, fresh: bool, tell: Tell) -> dict[str, Any]:
 
     Ctrl-C leaves every line that was written; the same call continues.
     """
+    with locked(job.out):
+        return _evaluate(job, fresh, tell)
+
+
+def _evaluate(job: Plan, fresh: bool, tell: Tell) -> dict[str, Any]:
     identity = job.identity()
     state = open_folder(job.out, identity, fresh, tell)
     if state == "done":
@@ -126,6 +126,9 @@ def evaluate(job: Plan, *, fresh: bool, tell: Tell) -> dict[str, Any]:
         try:
             for record in left:
                 line = ask(model, features, record, job.protocol)
+                if state == "new":
+                    begin(job.out, identity)  # only now: a model or picture that fails at once leaves no folder behind
+                    state = "resume"
                 append_prediction(job.out, line)
                 progress.step(line["correct"])
         except KeyboardInterrupt:

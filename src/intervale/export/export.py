@@ -21,10 +21,10 @@ from intervale.core.lang import say
 from intervale.core.runlog import versions
 from intervale.model.adapt import TRAINED, adapted_network, base_folder, checkpoint_of, merge_into, trained_tiles
 from intervale.model.convert import convert
+from intervale.model.hf_files import PROVENANCE
 from intervale.model.load import narrow, network_from, text_side
 from intervale.model.source import NO_IMAGE_TOKEN, Source, fingerprint, open_source
 
-PROVENANCE = "intervale.json"
 # Reloaded against in-memory float32 logits: the same numbers take the same path, so only summation order may differ.
 _TOLERANCE = 2e-5
 _PROBE_TOKENS, _PROBES = 24, 3
@@ -94,7 +94,9 @@ def export(src: Path, dst: Path, to: str, *, dtype: torch.dtype | None, tell: Ca
         tell(say("reloading what was written and comparing logits", "重新载入并比较 logits"))
         written = _probe(network_from(open_source(folder, source.config.image_token_id), dtype=torch.float32, device="cpu"), source)
         proofs.append(_compare(tuned, merged, written, len(changed)))
-        (folder / PROVENANCE).write_text(json.dumps(_provenance(src, base, checkpoint, to, proofs[0]), ensure_ascii=False, indent=2) + "\n")
+        (folder / PROVENANCE).write_text(
+            json.dumps(_provenance(src, base, checkpoint, to, proofs[0]), ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+        )
 
     token = None if source.config.image_token_id == NO_IMAGE_TOKEN else source.config.image_token_id
     convert(base, dst, to, image_token_id=token, overrides=changed, dtype=dtype, tiles=_tiles(src, base), verify=verify)

@@ -8,7 +8,9 @@ vision tower, so whole paths are matched.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError, nearest
-from intervale.core.files import read_json, write_json
+from intervale.core.files import read_object, sha256_file, write_json
 from intervale.model.checkpoint import read_header
 from intervale.model.families import BACKBONES, native_backbone
 from intervale.model.source import fingerprint
 
-TRAINED, BASE, ADAPTER = "trained.safetensors", "base.json", "adapter_model.safetensors"
+TRAINED, BASE, ADAPTER, MANIFEST = "trained.safetensors", "base.json", "adapter_model.safetensors", "MANIFEST.json"
 CHECKPOINTS = "checkpoints"
 PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.", "llm": ("model.language_model.", "lm_head.")}
 LORA_TARGETS = ("llm", "head", "vision")
@@ -57,10 +59,19 @@ def attach_lora(network: InternVLForConditionalGeneration, rank: int, alpha: flo
         raise UserError("lora.targets names head, but this model's output layer is its embedding (tied)", "leave head out")
     pattern = lora_pattern(targets, network.config.text_config.model_type)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, task_type="CAUSAL_LM")
-    get_peft_model(network, config, autocast_adapter_dtype=True)
+    with _quiet():
+        get_peft_model(network, config, autocast_adapter_dtype=True)
     for layer in _lora_layers(network):
         for parts in (layer[1].lora_A, layer[1].lora_B):
             parts.float()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PEFT's use of a name that transformers is about to drop: nothing a user could act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
 
 
 def _lora_layers(network: torch.nn.Module) -> Iterator[tuple[str, Any]]:
@@ -145,7 +156,7 @@ def base_folder(folder: Path) -> Path:
     checkpoint = checkpoint_of(folder)
     if checkpoint is None:
         return folder
-    base = read_json(checkpoint / BASE)
+    base = read_object(checkpoint / BASE, "folder", "fingerprint")
     path = Path(base["folder"])
     if not path.is_dir():
         raise UserError(f"{checkpoint}: its base model {path} is not there any more", "put it back, or write its new place into base.json")
@@ -159,8 +170,25 @@ def trained_tiles(folder: Path) -> tuple[int | None, int | None]:
     checkpoint = checkpoint_of(folder)
     if checkpoint is None or not (checkpoint / "state.json").is_file():
         return None, None
-    data = read_json(checkpoint / "state.json")["identity"]["recipe"]["data"]
+    data = read_object(checkpoint / "state.json", "identity")["identity"]["recipe"]["data"]
     return data["min_tiles"], data["max_tiles"]
+
+
+def verify_checkpoint(folder: Path, only: tuple[str, ...] = ()) -> str:
+    """'' when every file (or those of `only`) is as its manifest says, else what is wrong. Cost: one hash of the files."""
+    try:
+        manifest = read_object(folder / MANIFEST, "files")
+        for name, entry in manifest["files"].items():
+            path = folder / name
+            if only and name not in only:
+                continue
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+                return f"{name} is damaged"
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read ({error})"
+    return ""
 
 
 def adapted_network(
@@ -169,11 +197,14 @@ def adapted_network(
     """The base network with a checkpoint's adapter and tensors applied, in place."""
     checkpoint = checkpoint_of(folder)
     assert checkpoint is not None
+    if (checkpoint / MANIFEST).is_file() and (fault := verify_checkpoint(checkpoint, (ADAPTER, TRAINED))):
+        raise UserError(f"{checkpoint}: {fault}", "name an older checkpoint of the run, or let `intervale train --resume` make it again")
     if (checkpoint / TRAINED).is_file():
         load_trained(network, checkpoint / TRAINED)
     if (checkpoint / ADAPTER).is_file():
         read_header(checkpoint / ADAPTER)
-        PeftModel.from_pretrained(network, str(checkpoint), is_trainable=trainable)
+        with _quiet():
+            PeftModel.from_pretrained(network, str(checkpoint), is_trainable=trainable)
     return network if trainable else network.requires_grad_(False).eval()
 
 

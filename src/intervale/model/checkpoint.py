@@ -148,4 +148,4 @@ def write_index(folder: Path, tensors: dict[str, str], nbytes: int) -> None:
     if set(tensors.values()) == {"model.safetensors"}:
         return
     index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(tensors.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -56,10 +56,24 @@ def convert(
         if tiles is not None:
             set_tiles(folder, *tiles)
         for name, text in (notes or {}).items():
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, encoding="utf-8")
         open_source(folder, None if to == "hf" else image_token_id)  # what was written is read as strictly as any source
         if verify is not None:
             verify(folder)
+
+
+def _placed(path: Path) -> dict[str, str]:
+    """{official name: file} as an hf folder kept it. A file name from a folder is data: it may not lead out of the target."""
+    raw = read_json(path)
+    shards = raw.get("shards") if isinstance(raw, dict) else None
+    if not isinstance(shards, dict):
+        raise UserError(f"{path}: damaged", "take the folder from its source")
+    for name in shards.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{path}: {name!r} is not the name of a weight file", "take the folder from its source; this one was tampered with"
+            )
+    return dict(shards)
 
 
 def _targets(source: Source, to: str) -> dict[str, list[tuple[str, layout.Move | None, str]]]:
@@ -67,7 +81,7 @@ def _targets(source: Source, to: str) -> dict[str, list[tuple[str, layout.Move |
     tensors = source.checkpoint.tensors
     disk = {layout.from_disk(name): info.file for name, info in tensors.items()} if source.kind == "hf" else {}
     known = source.folder / OFFICIAL_SIDE / LAYOUT
-    placed: dict[str, str] = read_json(known)["shards"] if source.kind == "hf" and known.is_file() else {}
+    placed = _placed(known) if source.kind == "hf" and known.is_file() else {}
     files: dict[str, list[tuple[str, layout.Move | None, str]]] = defaultdict(list)
     for move in source.moves:
         head = move.natives == ("lm_head.weight",)

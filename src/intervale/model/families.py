@@ -64,6 +64,10 @@ def refuse_unsupported(official: dict[str, Any], where: str) -> None:
         )
     if official.get("pad2square"):
         raise UserError(f"{where}: pad2square is set, which is not supported", "use a model that tiles its pictures")
+    for key in ("force_image_size", "min_dynamic_patch", "max_dynamic_patch"):
+        value = official.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"{where}: {key} is {value!r}", "it must be a positive whole number; take config.json from the model's source")
     vision = official.get("vision_config") or {}
     if vision.get("qk_normalization", True) and vision.get("layer_norm_eps", 1e-6) != 1e-6:
         raise UserError(

@@ -20,7 +20,8 @@ from intervale.model import families
 from intervale.model.source import OFFICIAL_SIDE, Source
 from intervale.model.tokenizer import Tokenizer, load_tokenizer, with_bos
 
-LAYOUT = "layout.json"
+LAYOUT = ".intervale-layout.json"
+PROVENANCE = "intervale.json"  # what `export` says of a folder; it stays with the weights, at the top
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf", ".index.json")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,14 +37,18 @@ _BICUBIC = 3  # PIL's number, as transformers stores it
 
 
 def _copy_files(src: Path, dst: Path, *, leave: tuple[str, ...] = ()) -> None:
-    """Copy the plain files of a folder's top level that are not weights (links of a hub cache are followed)."""
+    """Copy what is not weights: files and folders, byte for byte (links of a hub cache are followed)."""
     for path in sorted(src.iterdir()):
-        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in leave and not path.name.startswith("."):
+        if path.name in leave or path.name == ".git" or path.name.endswith(_WEIGHTS):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, dst / path.name, ignore=shutil.ignore_patterns(*(f"*{ending}" for ending in _WEIGHTS)))
+        elif path.is_file():
             shutil.copyfile(path, dst / path.name)
 
 
 def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def _main_dtype(source: Source, dtype: torch.dtype | None) -> str:
@@ -57,8 +62,6 @@ def write_hf_side(source: Source, folder: Path, dtype: torch.dtype | None) -> No
     """Config, generation, processor, tokenizer and chat template of an hf folder."""
     if source.kind == "hf":
         _copy_files(source.folder, folder)
-        if (source.folder / OFFICIAL_SIDE).is_dir():
-            shutil.copytree(source.folder / OFFICIAL_SIDE, folder / OFFICIAL_SIDE)
         _set_dtype(folder / "config.json", dtype, "dtype")
         return
     config = source.config.to_dict()
@@ -68,9 +71,9 @@ def write_hf_side(source: Source, folder: Path, dtype: torch.dtype | None) -> No
     _write(folder / "processor_config.json", {"processor_class": "InternVLProcessor", "image_seq_length": config["image_seq_length"]})
     kept = folder / OFFICIAL_SIDE
     kept.mkdir()
-    _copy_files(source.folder, kept)
+    _copy_files(source.folder, kept, leave=(PROVENANCE,))
     _write(kept / LAYOUT, {"shards": {name: info.file for name, info in sorted(source.checkpoint.tensors.items())}})
-    for name in _DOCUMENTS:
+    for name in (*_DOCUMENTS, PROVENANCE):
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
     tokenizer = load_tokenizer(source.folder)
@@ -135,7 +138,7 @@ def _write_tokenizer(source: Source, tokenizer: Tokenizer, folder: Path) -> None
         },
     }
     _write(folder / "tokenizer_config.json", settings)
-    (folder / "chat_template.jinja").write_text(chat)
+    (folder / "chat_template.jinja").write_text(chat, encoding="utf-8")
     generation: dict[str, Any] = {"eos_token_id": list(ends), "pad_token_id": tokenizer.eos[0] if tokenizer.eos else ends[0]}
     if bos:
         generation["bos_token_id"] = tokenizer.control(template.bos or "<s>")
@@ -153,10 +156,12 @@ def write_official_side(source: Source, folder: Path, dtype: torch.dtype | None)
     """config.json and side files of an official folder: its source's own, else made from the native configuration."""
     kept = source.folder if source.kind == "official" else source.folder / OFFICIAL_SIDE
     if kept.is_dir():
-        _copy_files(kept, folder, leave=(LAYOUT,) if source.kind == "hf" else ())
+        _copy_files(kept, folder, leave=(LAYOUT, PROVENANCE) if source.kind == "hf" else ())
+        if source.kind == "hf" and (source.folder / PROVENANCE).is_file():
+            shutil.copyfile(source.folder / PROVENANCE, folder / PROVENANCE)
         _set_dtype(folder / "config.json", dtype, "torch_dtype")
         return
-    for name in (*_TOKENIZER_FILES, *_DOCUMENTS):
+    for name in (*_TOKENIZER_FILES, *_DOCUMENTS, PROVENANCE):
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
     _write(folder / "config.json", families.official_config(source.config, source.arch, _main_dtype(source, dtype)))

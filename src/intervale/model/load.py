@@ -24,6 +24,7 @@ from intervale.model.adapt import adapted_network, base_folder, trained_tiles
 from intervale.model.source import NO_IMAGE_TOKEN, Source, build_network, folder_kind, open_source
 from intervale.model.tokenizer import Tokenizer, load_tokenizer
 
+MOST_TILES = 128  # 32,768 tokens a picture: no model's context holds more
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "*.py"]
@@ -74,17 +75,32 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def as_device(name: str | torch.device | None) -> torch.device:
+    """A device by its name; None is INTERVALE_DEVICE, else the default. Raises: UserError for one that is not here."""
+    name = name or os.environ.get("INTERVALE_DEVICE") or default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}", "use cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"there is no {name} here", "leave --device out, or use cpu; `intervale doctor` shows what torch sees")
+    return device
+
+
 def resolve_model(name: str | Path) -> Path:
     """The folder of MODEL: a path, or a hub id, which is downloaded (HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are respected).
 
     Raises: UserError when there is no such folder; OutsideError when the hub cannot serve it.
     """
     path = Path(name).expanduser()
-    if path.exists():
-        return path
     text = str(name)
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError):  # a NUL in it, or too long: no path, and no hub id either
+        text = ""
     if not _HUB_ID.fullmatch(text) or text.startswith((".", "/")):
-        raise UserError(f"{text}: no such folder", "give the path of a model folder, or a hub id such as OpenGVLab/InternVL2-2B")
+        raise UserError(f"{name}: no such folder", "give the path of a model folder, or a hub id such as OpenGVLab/InternVL2-2B")
     import huggingface_hub
 
     try:
@@ -154,9 +170,23 @@ def _tiling(folder: Path, raw: dict[str, Any], kind: str) -> Tiling:
 
 
 def text_side(folder: Path) -> TextSide:
-    """Tokenizer, template and tiling of an official or hf folder. Raises: UserError when one is missing."""
-    kind = folder_kind(folder)
+    """Tokenizer, template and tiling of an official or hf folder. Raises: UserError when one is missing or unusable."""
     where = str(folder / "config.json")
+    try:
+        side = _text_side(folder, where)
+        numbers = (side.tiling.tile_size, side.tiling.min_tiles, side.tiling.max_tiles, side.tiling.tokens_per_tile)
+        if any(isinstance(number, bool) or not isinstance(number, int) or number < 1 for number in numbers):
+            raise ValueError("the tile size, tile counts and tokens a tile must be positive whole numbers")
+        return replace(side, tiling=narrow(side.tiling, None, None))
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{where}: {what}", "take config.json from the model's source") from error
+
+
+def _text_side(folder: Path, where: str) -> TextSide:
+    kind = folder_kind(folder)
     raw = read_json(folder / "config.json")
     if kind == "official":
         families.refuse_unsupported(raw, where)
@@ -191,7 +221,7 @@ def load_model(
     Defaults: CUDA and bfloat16 when there is a GPU, else CPU and float32. `max_tiles` lowers the tiles a picture.
     """
     folder = resolve_model(folder_or_id)
-    device = torch.device(device or default_device())
+    device = as_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     base = base_folder(folder)
     side = text_side(base)
@@ -215,6 +245,8 @@ def narrow(tiling: Tiling, least: int | None, most: int | None) -> Tiling:
     """The tiling with other limits; None keeps one, and the least never exceeds the most unless both were given so."""
     most = tiling.max_tiles if most is None else most
     least = min(tiling.min_tiles, most) if least is None else least
+    if most > MOST_TILES:
+        raise UserError(f"{most} tiles a picture are more than the limit of {MOST_TILES}", "InternVL models use 6 to 40")
     if not 1 <= least <= most:
         raise UserError(
             f"at least {least} and at most {most} tiles a picture cannot both hold", "give at least 1, and a minimum below the maximum"

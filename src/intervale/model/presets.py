@@ -177,13 +177,15 @@ def init_model(dst: Path, preset: str, tokenizer: Path | None = None, seed: int 
 
 
 def _write_text_files(folder: Path, official: dict[str, Any], backend: Backend, tokenizer: Path | None) -> None:
-    (folder / "config.json").write_text(json.dumps(official, ensure_ascii=False, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(official, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     backend.save(str(folder / "tokenizer.json"))
     if tokenizer is not None and tokenizer.suffix == ".model":
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
     internlm2 = backend.token_to_id("<s>") is not None
     end = "</s>" if internlm2 else "<|endoftext|>"
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": internlm2, "eos_token": end, "pad_token": end}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | ({"bos_token": "<s>"} if internlm2 else {}), indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | ({"bos_token": "<s>"} if internlm2 else {}), indent=2) + "\n", encoding="utf-8"
+    )
     stops = [backend.token_to_id(token) for token in ("<|im_end|>", "<|im_start|>", end)]
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}, indent=2) + "\n", encoding="utf-8")

@@ -113,6 +113,21 @@ def _native_config(folder: Path, raw: dict[str, Any], where: str) -> InternVLCon
     return InternVLConfig.from_dict(clean)
 
 
+def _refuse_types(checkpoint: Checkpoint) -> None:
+    for name, info in checkpoint.tensors.items():
+        if not info.dtype.is_floating_point:
+            raise UserError(
+                f"{checkpoint.folder}: {name} is {info.dtype}: quantised weights cannot be loaded",
+                "use the model's bfloat16 or float32 weights",
+            )
+
+
+def _refuse_layer(config: InternVLConfig, where: str) -> None:
+    layers, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    if not isinstance(layer, int) or not -layers - 1 <= layer <= layers:
+        raise UserError(f"{where}: select_layer {layer} of a tower with {layers} layers", "take config.json from the model's source")
+
+
 def open_source(folder: Path, image_token_id: int | None = None) -> Source:
     """Open a model folder and hold every tensor against config.json.
 
@@ -136,6 +151,8 @@ def open_source(folder: Path, image_token_id: int | None = None) -> Source:
             if image_token_id is not None:
                 config.image_token_id = image_token_id
         checkpoint = open_checkpoint(folder)
+        _refuse_types(checkpoint)
+        _refuse_layer(config, where)
         if official is not None and not checkpoint.tensors.keys().isdisjoint(_OFFICIAL_HEADS):
             # The official code never ties: a stored output layer is used, whatever the flag says.
             config.tie_word_embeddings = config.text_config.tie_word_embeddings = False

@@ -46,7 +46,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids, no `<s>`; `<|im_end|>` and its kind in `text` stay text."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        try:
+            return self._plain.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # half of a surrogate pair: bytes that were not UTF-8
+            raise UserError(f"the text is not valid Unicode: {text[:60]!r}", "write it as UTF-8") from error
 
     def control(self, token: str) -> int:
         """The id of a control token. Raises: UserError when the vocabulary lacks it."""

@@ -7,7 +7,7 @@ Legend: B samples, S positions, P tiles.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -63,7 +63,7 @@ def collate(items: Sequence[Item]) -> Batch:
     )
 
 
-def load_ahead(steps: Sequence[Sequence[int]], load: Callable[[int], Item | None], workers: int) -> Iterator[list[Item]]:
+def load_ahead(steps: Iterable[Sequence[int]], load: Callable[[int], Item | None], workers: int) -> Iterator[list[Item]]:
     """The items of every step in order, `workers` threads loading the next ones (0: load when asked). None items are left out.
 
     An exception of `load` is raised at its step, not before.

@@ -5,8 +5,9 @@ Nothing is written until the data, the recipe and the model have been found to f
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ import torch
 from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
-from intervale.core.files import read_json, set_aside, write_json
+from intervale.core.files import read_object, set_aside, write_json
 from intervale.core.lang import say
 from intervale.core.records import Record, data_digest, read_records
-from intervale.core.runlog import versions
+from intervale.core.runlog import differences, read_metrics, versions
 from intervale.data.dataset import Size, measure
 from intervale.data.images import PictureError
-from intervale.model.adapt import checkpoint_of
-from intervale.model.load import TextSide, default_device, load_network, narrow, resolve_model, text_side
+from intervale.model.adapt import checkpoint_of, newest_checkpoint
+from intervale.model.load import TextSide, as_device, load_network, narrow, resolve_model, text_side
 from intervale.model.source import build_network, fingerprint, open_source
 from intervale.train.parallel import World
 from intervale.train.prepare import Cost, choose_checkpointing, estimate, free_memory, freeze_and_adapt, precision_of
@@ -113,12 +114,18 @@ def open_folder(job: Job, resume: bool, fresh: bool) -> str:
         return "new"
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} exists and is not a training run", "choose another `out`, or remove this folder")
-    status = read_json(folder / "run.json").get("status")
+    run = read_object(folder / "run.json", "status")
+    status = run["status"]
     if fresh:
         aside = set_aside(folder)
         job.tell(say(f"the earlier run is kept as {aside}", f"先前的运行保留在 {aside}"))
         return "new"
     if status == "done":
+        if told := changed_since(run, job):
+            raise UserError(
+                f"{folder} holds a finished run of another recipe, base or data; what differs: " + "; ".join(told),
+                "give another `out` (--out DIR), or --fresh to train again (the old run is kept beside)",
+            )
         return "done"
     if resume:
         return "resume"
@@ -127,12 +134,38 @@ def open_folder(job: Job, resume: bool, fresh: bool) -> str:
     )
 
 
+def changed_since(stored: dict[str, Any], job: Job) -> list[str]:
+    """How recipe, data and base differ from what a run's files say; a base that only moved is the same base."""
+    now = job.identity()
+    now["base"], before = now["base"]["fingerprint"], dict(stored)
+    before["base"] = (stored.get("base") or {}).get("fingerprint")
+    return differences({key: before.get(key) for key in now}, now)
+
+
+@contextlib.contextmanager
+def guarded(job: Job, world: World, new: bool) -> Iterator[None]:
+    """What a failure leaves of the run's folder: nothing if the run was new and its input was at fault, else the status "failed".
+
+    A checkpoint, and the metrics of steps that were made, stay.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if world.first and job.folder.is_dir():
+            untouched = not read_metrics(job.folder) or isinstance(error, PictureError)
+            if new and untouched and newest_checkpoint(job.folder) is None:
+                shutil.rmtree(job.folder, ignore_errors=True)
+            else:
+                with contextlib.suppress(UserError):
+                    write_run(job, "failed")
+        raise
+
+
 def write_run(job: Job, status: str, extra: dict[str, Any] | None = None) -> None:
     """RUN/run.json: what this run is and where it stands."""
     value = {
         "kind": "intervale training run",
         "status": status,
-        "recipe": job.recipe.model_dump(),
         **job.identity(),
         "train": {"file": str(Path(job.recipe.data.train).resolve()), "items": len(job.train), "digest": data_digest(job.train)},
         "eval": {"file": job.recipe.data.eval, "items": len(job.held), "digest": data_digest(job.held)} if job.held else None,
@@ -184,4 +217,4 @@ def keep_features(job: Job, network: InternVLForConditionalGeneration, dtype: to
 
 def pick_device() -> str:
     """The device a run takes: INTERVALE_DEVICE, else CUDA when there is one, else the CPU."""
-    return os.environ.get("INTERVALE_DEVICE") or default_device()
+    return str(as_device(None))

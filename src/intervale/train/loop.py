@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -22,9 +22,9 @@ import torch
 from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
-from intervale.core.files import read_json, write_atomic
+from intervale.core.files import disk_errors, locked, read_object, write_atomic
 from intervale.core.lang import say
-from intervale.core.runlog import append_metrics, differences, forget_after
+from intervale.core.runlog import append_metrics, forget_after
 from intervale.data.dataset import Item, TileCache, load_item, step_items
 from intervale.data.images import PictureError
 from intervale.train import job as jobs
@@ -67,6 +67,7 @@ class _Loop:
     progress: Progress
     stop: int | None = None
     skipped: set[str] = field(default_factory=set)
+    listing: threading.Lock = field(default_factory=threading.Lock)  # loading threads write skipped.jsonl in turn
 
 
 def train(recipe: TrainRecipe, name: str, *, resume: bool, fresh: bool, dry_run: bool, tell: jobs.Tell) -> Outcome:
@@ -80,13 +81,13 @@ def train(recipe: TrainRecipe, name: str, *, resume: bool, fresh: bool, dry_run:
     try:
         if dry_run:
             return _dry_run(job, world)
-        state = jobs.open_folder(job, resume, fresh) if world.first else "resume" if resume else "new"
-        wait(world)
-        if state == "done":
-            job.tell(say(f"{job.folder} is complete already; --fresh trains it again", f"{job.folder} 已经完成；--fresh 重新训练"))
-            return Outcome("done", job.folder, job.steps(world.size))
-        with _gpu_memory(job):
-            return _train(job, world, state)
+        with locked(job.folder) if world.first else nullcontext():
+            state = jobs.open_folder(job, resume, fresh) if world.first else "resume" if resume else "new"
+            if sum_values(world, [float(state == "done")])[0]:
+                job.tell(say(f"{job.folder} is complete already; --fresh trains it again", f"{job.folder} 已经完成；--fresh 重新训练"))
+                return Outcome("done", job.folder, job.steps(world.size))
+            with jobs.guarded(job, world, state == "new"), _gpu_memory(job):
+                return _train(job, world, state)
     finally:
         leave_world(world)
 
@@ -149,10 +150,9 @@ def _train(job: Job, world: World, state: str) -> Outcome:
     progress = _restore(job, network, optimizer) if state == "resume" else Progress()
     loop = _Loop(job, world, network, optimizer, compute, TileCache(), total, progress)
     if world.first:
-        job.folder.mkdir(parents=True, exist_ok=True)
+        jobs.write_run(job, "running")
         forget_after(job.folder, progress.step)
         write_atomic(job.folder / "recipe.json", job.recipe.model_dump_json(indent=2) + "\n")
-        jobs.write_run(job, "running")
     wait(world)
     with _signals(loop):
         _steps(loop)
@@ -166,7 +166,7 @@ def _restore(job: Job, network: torch.nn.Module, optimizer: torch.optim.Optimize
     if chosen is None:
         job.tell(say("no checkpoint to resume from: starting at step 0", "没有可恢复的检查点：从第 0 步开始"))
         return Progress()
-    changed = differences(read_json(chosen / "state.json")["identity"], job.identity())
+    changed = jobs.changed_since(read_object(chosen / "state.json", "identity")["identity"], job)
     if changed:
         raise UserError(
             f"{job.folder}: this is not the run that was started: " + "; ".join(changed),
@@ -206,10 +206,12 @@ def _load(loop: _Loop, index: int) -> Item | None:
     except PictureError as error:
         if job.recipe.data.on_bad_sample == "fail":
             raise
-        if record.id not in loop.skipped:
-            loop.skipped.add(record.id)
-            with open(job.folder / "skipped.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"id": record.id, "why": error.what}, ensure_ascii=False) + "\n")
+        with loop.listing:
+            if record.id not in loop.skipped:
+                loop.skipped.add(record.id)
+                path = job.folder / "skipped.jsonl"
+                with disk_errors(path), open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"id": record.id, "why": error.what}, ensure_ascii=False) + "\n")
         if len(loop.skipped) > max(1, _BAD_SHARE * len(job.train)):
             raise UserError(
                 f"{len(loop.skipped)} items cannot be read; the last: {error.what}", "run `intervale check` on the data"
@@ -223,10 +225,12 @@ def _micro_batches(items: list[Item], size: int) -> list[Batch]:
 
 def _steps(loop: _Loop) -> None:
     job, world, recipe = loop.job, loop.world, loop.job.recipe
-    shares = []
-    for number in range(loop.progress.step, loop.total):
+
+    def share(number: int) -> list[int]:
         order = step_items(len(job.train), job.per_step * world.size, recipe.train.seed, number)
-        shares.append([int(index) for index in order[world.rank :: world.size]])
+        return [int(index) for index in order[world.rank :: world.size]]
+
+    shares = (share(number) for number in range(loop.progress.step, loop.total))
     last_plot = last_tell = time.monotonic()
     started, done = time.monotonic(), loop.progress.step
     set_modes(loop.network, recipe, True)

@@ -19,7 +19,13 @@ def draw_losses(run: Path) -> Path | None:
     held = [(e["step"], e["eval_loss"]) for e in entries if "eval_loss" in e]
     if not steps:
         return None
+    import logging
+    import warnings
+
     from matplotlib.figure import Figure
+
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a run may have a Chinese name
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -40,7 +46,7 @@ def draw_losses(run: Path) -> Path | None:
             formatter("{x:g}")
     else:
         axes.set_ylim(bottom=0)
-    axes.set_title(run.name)
+    axes.set_title(run.name, parse_math=False)
     axes.grid(alpha=0.3)
     rates = axes.twinx()
     rates.plot(numbers, [rate for _, _, rate in steps], color="#999999", linewidth=1, linestyle=":", label="learning rate")

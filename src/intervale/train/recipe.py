@@ -56,7 +56,7 @@ class Train(BaseModel):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     optimizer: Literal["adamw"] = "adamw"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     save_steps: PositiveInt = 64
     save_total_limit: Annotated[int, Field(ge=-1)] = 3
     eval_steps: PositiveInt | None = None
@@ -87,6 +87,11 @@ class TrainRecipe(BaseModel):
         parts = (self.train.vision, self.train.projector, self.train.llm)
         if all(part == "frozen" for part in parts) and not self.lora_targets():
             raise ValueError("nothing is trained: vision, projector and llm are all frozen")
+        targets = self.lora.targets.split("+")
+        if self.train.llm == "lora" and not {"llm", "head"} & set(targets):
+            raise ValueError(f"train.llm is lora, but lora.targets {self.lora.targets!r} names neither llm nor head")
+        if "vision" in targets and self.train.vision != "lora":
+            raise ValueError("lora.targets names vision: set train.vision to lora too, or leave it out")
         if self.train.save_total_limit == 0:
             raise ValueError("train.save_total_limit is 0: use -1 to keep all checkpoints, or a positive number")
         return self

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from intervale.core.errors import UserError
 from intervale.core.files import need_space, read_json, sha256_file, staged_folder, write_json
-from intervale.model.adapt import ADAPTER, CHECKPOINTS, TRAINED, load_trained, save_trained
+from intervale.model.adapt import ADAPTER, CHECKPOINTS, MANIFEST, TRAINED, load_trained, save_trained, verify_checkpoint
 
-OPTIMIZER, STATE, MANIFEST = "optimizer.safetensors", "state.json", "MANIFEST.json"
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -47,7 +46,9 @@ def save_checkpoint(
     named = trainable(network)
     need_space(folder, 3 * sum(parameter.nbytes for parameter in named.values()))
     if folder.is_dir():
-        return folder
+        if not verify_checkpoint(folder):
+            return folder
+        shutil.rmtree(folder)  # damaged; what is written now takes its place
     with staged_folder(folder) as aside:
         save_trained(aside, network, identity["base"])
         moments: dict[str, torch.Tensor] = {}
@@ -68,21 +69,6 @@ def _rotate(folder: Path, keep: int) -> None:
         return
     for old in sorted(folder.glob("step-*"), key=lambda path: path.name)[:-keep]:
         shutil.rmtree(old)
-
-
-def verify_checkpoint(folder: Path) -> str:
-    """'' when every file is as its manifest says, else what is wrong."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-        for name, entry in manifest["files"].items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
-                return f"{name} is damaged"
-    except (UserError, KeyError, TypeError) as error:
-        return f"its manifest cannot be read ({error})"
-    return ""
 
 
 def choose_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
