@@ -20,4 +20,5 @@ step intervale compare demo-out/before demo-out/after --out demo-out/report
 step intervale export demo-out/run demo-out/tuned --format hf
 step intervale chat demo-out/tuned -i demo-out/plates/images/plate-000.png "图片中的食物通常属于哪个菜系?"
 
+printf '(plate 000 is 川菜; its name was made up, so no model can know it)\n'
 printf '\nopen demo-out/report/report.html and demo-out/run/loss.png to see it\n'

@@ -20,7 +20,7 @@ def intervale(*words: object, given: str = "", **environment: str) -> subprocess
         (["info", "/nowhere"], 1, "no such folder"),
         (["check", "/nowhere.jsonl"], 1, "cannot be read|no such"),
         (["train", "/nowhere.yaml"], 1, "cannot be read"),
-        (["convert", "a", "b", "--to", "onnx"], 2, "hf or official"),
+        (["convert", "a", "b", "--to", "onnx"], 2, "onnx"),
         (["init", "/tmp/x", "--preset", "smal"], 1, "unknown preset"),
         (["frobnicate"], 2, "No such command"),
         (["chat", "OpenGVLab/InternVL2-2B", "hello"], 3, "hub"),

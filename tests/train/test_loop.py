@@ -141,6 +141,22 @@ def test_a_damaged_last_checkpoint_is_made_again(tmp_path: Path, tiny: Path, pla
     assert (newest / "trained.safetensors").read_bytes() == whole
 
 
+def test_resume_without_a_run_is_refused(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    with pytest.raises(UserError, match="no run to resume"):
+        run(write_recipe(tmp_path, tiny, plates), resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_says_how_to_prove_it(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    said: list[str] = []
+    run(write_recipe(tmp_path, tiny, plates), "data.max_tiles=2", said=said)
+    assert [line.split()[1:3] for line in said if "intervale evaluate" in line] == [
+        ["evaluate", str(tiny)],
+        ["evaluate", str(tmp_path / "run")],
+    ]
+    assert all("--max-tiles 2" in line for line in said if "intervale evaluate" in line)
+
+
 def test_a_folder_has_one_writer(tmp_path: Path, tiny: Path, plates: Path) -> None:
     from intervale.core.files import locked
 

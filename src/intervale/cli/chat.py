@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from intervale.engine.api import ChatTurn, Sampling
     from intervale.engine.local import LocalEngine
 
+_COMMANDS = ("/image", "/clear", "/exit", "/quit")
 _CPU_TILES = 4  # a 448-pixel tile takes about 4 s on two cores
 
 
@@ -90,6 +91,9 @@ def _converse(engine: LocalEngine, pictures: list, sampling: Sampling) -> None:
             line = input("> ").strip()
         except EOFError:
             return
+        if line.startswith("/") and line.split()[0] not in _COMMANDS:
+            note(say(f"commands: {', '.join(_COMMANDS)}", f"可用命令：{'、'.join(_COMMANDS)}"))
+            continue
         if line in ("/exit", "/quit"):
             return
         if line == "/clear":
@@ -98,6 +102,7 @@ def _converse(engine: LocalEngine, pictures: list, sampling: Sampling) -> None:
         try:
             if line.startswith("/image "):
                 pictures.append(load_picture(Path(line.removeprefix("/image ").strip()).expanduser()))
+                note(say(f"{len(pictures)} picture(s) go with the next question", f"{len(pictures)} 张图片将随下一个问题发送"))
             elif line:
                 turns = _ask(engine, turns, line, pictures, sampling)
                 pictures = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,14 +14,12 @@ from intervale.core.lang import say
 def convert(
     src: Annotated[str, typer.Argument(help="A model folder in either format, or a hub id.")],
     dst: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.")],
-    to: Annotated[str, typer.Option(help="hf or official.")],
+    to: Annotated[Literal["hf", "official"], typer.Option(help="The format to write.")],
     image_token_id: Annotated[
         int | None, typer.Option(min=0, help="The id of <IMG_CONTEXT>, for a folder without tokenizer files.")
     ] = None,
 ) -> None:
     """Rewrite a model in the other format, tensor by tensor: total, strict, and exact both ways."""
-    if to not in ("hf", "official"):
-        raise typer.BadParameter("use hf or official", param_hint="--to")
     from intervale.model.convert import convert as run
     from intervale.model.load import resolve_model
 

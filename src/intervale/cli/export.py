@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,13 +15,15 @@ from intervale.core.lang import say
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A training run, a checkpoint, a model folder, or a hub id.")],
     dst: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.")],
-    to: Annotated[str, typer.Option("--format", help="hf (transformers, vLLM, LMDeploy) or official (OpenGVLab's own names).")],
-    dtype: Annotated[str, typer.Option(help="source (keep each tensor's stored type), float32, bfloat16 or float16.")] = "source",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the proof as JSON.")] = False,
+    to: Annotated[
+        Literal["hf", "official"], typer.Option("--format", help="hf: transformers, vLLM, LMDeploy; official: OpenGVLab's own names.")
+    ],
+    dtype: Annotated[
+        str, typer.Option(metavar="source|float32|bfloat16|float16", help="source keeps each tensor's stored type.")
+    ] = "source",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Merge what was trained, write it, reload it, and compare logits before saying done."""
-    if to not in ("hf", "official"):
-        raise typer.BadParameter("use hf or official", param_hint="--format")
     from intervale.export.export import export as run
     from intervale.model.load import as_dtype, resolve_model
 

@@ -13,7 +13,7 @@ from intervale.core.lang import say
 
 def init(
     dst: Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet.")],
-    preset: Annotated[str, typer.Option(help="tiny, nano, internvl2-1b or internvl2-2b.")],
+    preset: Annotated[str, typer.Option(metavar="tiny|nano|internvl2-1b|internvl2-2b", help="The shapes.")],
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.model or tokenizer.json (default: one token a byte).")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same weights.")] = 0,
 ) -> None:

@@ -118,6 +118,11 @@ def read_data(path: Path) -> list[Line]:
         data = path.read_bytes().removeprefix(_BOM)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}", "check the path and its permissions") from error
+    if data.lstrip()[:1] == b"[":
+        raise UserError(
+            f"{path}: a JSON list, not one item a line",
+            f"`intervale prepare llava {path} OUT --image-root DIR` turns a LLaVA file into the one format (or `prepare messages`)",
+        )
     lines: list[Line] = []
     for number, raw in enumerate(data.split(b"\n"), 1):
         if raw.strip():

@@ -7,6 +7,7 @@ byte by byte; the same input and seed give the same files. Cost: one decode and 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -38,7 +39,8 @@ def _usable(reading: Reading, looks: dict[Path, Look]) -> tuple[list[Sample], li
 def refuse_faults(faults: Sequence[Fault], source: Path) -> None:
     """Raise one UserError that lists the faults (the first 20) and counts them all."""
     places = len({fault.where for fault in faults})
-    lines = [f"  {fault.where.removeprefix(f'{source}: ')}: {fault.what}" for fault in faults[:LISTED]]
+    faults = sorted(faults, key=lambda fault: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", fault.where)])
+    lines = [f"  {fault.where.removeprefix(f'{source}: ')}: {fault.what} -> {fault.fix}" for fault in faults[:LISTED]]
     more = [f"  ... and {len(faults) - LISTED} more"] if len(faults) > LISTED else []
     raise UserError(
         "\n".join([f"{source}: {places} faulty item{'s' * (places != 1)}; nothing was written", *lines, *more]),

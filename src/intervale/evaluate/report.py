@@ -30,7 +30,7 @@ section.long { break-inside: auto; }
           padding: .8rem 1.1rem; margin-top: 1rem; } .banner strong { display: block; }
 .hero { display: flex; flex-wrap: wrap; align-items: stretch; gap: 1rem 2.2rem; }
 .number b { display: block; font-size: 2.7rem; line-height: 1.15; letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
-.number.now b { color: #1f7a6d; } .arrow { font-size: 1.9rem; color: var(--soft); align-self: center; }
+.arrow { font-size: 1.9rem; color: var(--soft); align-self: center; }
 .change { margin-left: auto; text-align: right; } .change b.up { color: var(--good); } .change b.down { color: var(--bad); }
 .words { font-size: 1.02rem; margin-top: 1rem; }
 .row { display: grid; grid-template-columns: minmax(6rem, 13rem) 1fr 9.5rem; gap: .15rem .9rem; align-items: center; padding: .42rem 0; border-top: 1px solid var(--line); }

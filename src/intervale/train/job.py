@@ -111,6 +111,8 @@ def open_folder(job: Job, resume: bool, fresh: bool) -> str:
     """'new', 'resume' or 'done'. Raises: UserError when the folder holds something and neither was asked for."""
     folder = job.folder
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        if resume:
+            raise UserError(f"{folder}: there is no run to resume", "leave --resume out to start one, or name the run's folder with --out")
         return "new"
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} exists and is not a training run", "choose another `out`, or remove this folder")
@@ -218,3 +220,22 @@ def keep_features(job: Job, network: InternVLForConditionalGeneration, dtype: to
 def pick_device() -> str:
     """The device a run takes: INTERVALE_DEVICE, else CUDA when there is one, else the CPU."""
     return str(as_device(None))
+
+
+def last_words(job: Job) -> list[str]:
+    """What a finished run says: where it lies, whether it was better before its end, and how to score it against its base."""
+    lines = [say(f"done: {job.folder} (loss.png shows the curve)", f"完成：{job.folder}（曲线见 loss.png）")]
+    held = [(entry["eval_loss"], entry["step"]) for entry in read_metrics(job.folder) if "eval_loss" in entry]
+    if held and held[-1][0] > 1.01 * min(held)[0]:
+        best, step = min(held)
+        lines.append(
+            say(
+                f"the held-out loss was lowest at step {step} ({best:.4f}); it is {held[-1][0]:.4f} now: fewer epochs may serve you better",
+                f"留出集损失在第 {step} 步最低（{best:.4f}），现在为 {held[-1][0]:.4f}：减少轮数可能更好",
+            )
+        )
+    if job.held and any(record.choices for record in job.held):
+        tiles = f" --max-tiles {job.side.tiling.max_tiles}" if job.recipe.data.max_tiles else ""
+        for model, name in ((job.recipe.model, "before"), (job.folder, "after")):
+            lines.append(f"  intervale evaluate {model} {job.recipe.data.eval} --out {job.folder.parent / name} --mode likelihood{tiles}")
+    return lines

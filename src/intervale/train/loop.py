@@ -73,7 +73,7 @@ class _Loop:
 def train(recipe: TrainRecipe, name: str, *, resume: bool, fresh: bool, dry_run: bool, tell: jobs.Tell) -> Outcome:
     """Run a recipe called `name` to its end or to a signal. Raises: UserError; what was saved before stays."""
     job = jobs.read_job(recipe, name, tell)
-    if not dry_run and not resume and not fresh:
+    if not dry_run and not fresh:
         jobs.open_folder(job, resume, fresh)  # refuse before joining other processes or loading anything
     world = join_world(recipe.parallel.strategy, jobs.pick_device())
     if not world.first:
@@ -125,6 +125,7 @@ def _dry_run(job: Job, world: World) -> Outcome:
         f"parameters: {cost.parameters:,}, trainable: {cost.trainable:,} ({cost.trainable / cost.parameters:.2%})",
         f"memory, estimated: {cost.total / GIB:.2f} GiB = weights {cost.weights / GIB:.2f} + gradients and optimizer "
         f"{cost.optimizer / GIB:.2f} + activations {cost.activations / GIB:.2f}; free on {world.device}: {free_memory(world.device) / GIB:.1f} GiB",
+        f"disk: {cost.checkpoint / GIB:.2f} GiB a checkpoint, {_kept(job, total)} kept",
         f"precision: {str(dtype).removeprefix('torch.')}; features: {'kept' if jobs.keep_features(job, network, dtype)[0] else 'live'}",
         f"out: {job.folder} (nothing was written)",
     ]
@@ -133,7 +134,14 @@ def _dry_run(job: Job, world: World) -> Outcome:
     return Outcome("dry", job.folder, 0)
 
 
+def _kept(job: Job, total: int) -> int:
+    saves = -(-total // job.recipe.train.save_steps)
+    limit = job.recipe.train.save_total_limit
+    return saves if limit < 0 else min(saves, limit)
+
+
 def _train(job: Job, world: World, state: str) -> Outcome:
+    job.tell(say(f"loading {job.base}", f"载入 {job.base}"))
     network, dtype, cost = jobs.load_for(job, world)
     keep, why = jobs.keep_features(job, network, dtype)
     optimizer = make_optimizer(network, job.recipe)
@@ -356,12 +364,13 @@ def _finish(loop: _Loop) -> Outcome:
         draw_losses(job.folder)
         jobs.write_run(job, status, {"step": loop.progress.step, "seconds": round(loop.progress.seconds, 1), "skipped": len(loop.skipped)})
     if done:
-        job.tell(say(f"done: {job.folder} (loss.png shows the curve)", f"完成：{job.folder}（曲线见 loss.png）"))
+        for line in jobs.last_words(job):
+            job.tell(line)
         return Outcome("done", job.folder, loop.progress.step)
     job.tell(
         say(
-            f"saved step {loop.progress.step} of {loop.total}; continue with: intervale train RECIPE --resume",
-            f"已保存第 {loop.progress.step}/{loop.total} 步；继续：intervale train RECIPE --resume",
+            f"saved step {loop.progress.step} of {loop.total}; the same command with --resume continues",
+            f"已保存第 {loop.progress.step}/{loop.total} 步；再次运行同一命令并加 --resume 即可继续",
         )
     )
     assert loop.stop is not None

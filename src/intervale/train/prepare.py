@@ -32,6 +32,11 @@ class Cost:
     activations: int
 
     @property
+    def checkpoint(self) -> int:
+        """Bytes of one checkpoint: what learns and its two moments, in float32."""
+        return 3 * 4 * self.trainable
+
+    @property
     def total(self) -> int:
         """Bytes in all."""
         return self.weights + self.optimizer + self.activations
