@@ -246,6 +246,7 @@ def test_an_unreadable_picture_stops_or_is_listed_but_never_replaced(tmp_path: P
     with pytest.raises(UserError, match=r"train\.jsonl:4.*train-3\.png.*damaged"):
         run(path)
     assert not (tmp_path / "run").exists()  # so that the corrected run starts without --fresh
+    assert not list(tmp_path.glob(".*"))
     assert run(path, "data.on_bad_sample=skip", fresh=True).status == "done"
     listed = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [entry["id"] for entry in listed] == ["p3"]

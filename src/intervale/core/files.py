@@ -211,10 +211,15 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{folder} is being written by another process", "wait for it, stop it, or choose another folder") from error
-        yield
-        path.unlink(missing_ok=True)
+            mine = os.fstat(handle).st_ino == os.stat(path).st_ino  # not, if its last holder removed it in between
+        except OSError:
+            mine = False
+        if not mine:
+            raise UserError(f"{folder} is being written by another process", "wait for it, stop it, or choose another folder")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
     finally:
         os.close(handle)
 
