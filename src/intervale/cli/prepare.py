@@ -23,6 +23,7 @@ app = typer.Typer(help="Turn a data set into the one JSONL format.", no_args_is_
 _OUT = Annotated[Path, typer.Argument(help="The folder to write; it must not exist yet, or be empty.")]
 _ROOT = Annotated[Path, typer.Option(help="The folder the picture paths start from; nothing outside it is read.")]
 _SEED = Annotated[int, typer.Option(help="Another seed holds out other items; the same one always the same.")]
+_HOLD_OUT = Annotated[float, typer.Option(help="Share of the items to hold out, in whole groups that share no picture; 0: none.")]
 _SKIP = Annotated[
     bool, typer.Option("--skip-bad", help="Leave faulty items out and list them in skipped.jsonl; otherwise one fault stops everything.")
 ]
@@ -76,9 +77,7 @@ def llava(
     ],
     out: _OUT,
     image_root: _ROOT,
-    eval_fraction: Annotated[
-        float, typer.Option(help="Share of the items to hold out, in whole groups that share no picture; 0: none.")
-    ] = 0.0,
+    eval_fraction: _HOLD_OUT = 0.0,
     seed: _SEED = 0,
     skip_bad: _SKIP = False,
 ) -> None:
@@ -95,9 +94,7 @@ def messages(
     ],
     out: _OUT,
     image_root: _ROOT,
-    eval_fraction: Annotated[
-        float, typer.Option(help="Share of the items to hold out, in whole groups that share no picture; 0: none.")
-    ] = 0.0,
+    eval_fraction: _HOLD_OUT = 0.0,
     seed: _SEED = 0,
     skip_bad: _SKIP = False,
 ) -> None:

@@ -30,7 +30,6 @@ from intervale.model.source import fingerprint
 TRAINED, BASE, ADAPTER, MANIFEST = "trained.safetensors", "base.json", "adapter_model.safetensors", "MANIFEST.json"
 CHECKPOINTS = "checkpoints"
 PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.", "llm": ("model.language_model.", "lm_head.")}
-LORA_TARGETS = ("llm", "head", "vision")
 _VISION_LINEARS = r"attention\.(q_proj|k_proj|v_proj|projection_layer)|mlp\.(fc1|fc2)"
 
 

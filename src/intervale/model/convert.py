@@ -84,7 +84,7 @@ def _targets(source: Source, to: str) -> dict[str, list[tuple[str, layout.Move |
     placed = _placed(known) if source.kind == "hf" and known.is_file() else {}
     files: dict[str, list[tuple[str, layout.Move | None, str]]] = defaultdict(list)
     for move in source.moves:
-        head = move.natives == ("lm_head.weight",)
+        head = move.natives == (layout.HEAD,)
         if source.kind == "official":
             if move.official not in tensors:
                 continue  # a tied output layer that is not stored
@@ -94,7 +94,7 @@ def _targets(source: Source, to: str) -> dict[str, list[tuple[str, layout.Move |
                 continue
             file = placed[move.official]
         else:
-            if head and source.tied and "lm_head.weight" not in disk:
+            if head and source.tied and layout.HEAD not in disk:
                 continue
             file = disk[move.natives[0]]
         if to == "official":
@@ -135,7 +135,7 @@ def _native_reader(
     def stored(read: Callable[[str], torch.Tensor], native: str) -> torch.Tensor:
         if source.kind == "hf":
             # A tied output layer is the embedding; a copy, because one file may not hold the same memory twice.
-            return read(disk[native]) if native in disk else read(disk["model.language_model.embed_tokens.weight"]).clone()
+            return read(disk[native]) if native in disk else read(disk[layout.EMBEDDING]).clone()
         move = owner[native]
         if move.official not in kept:
             kept.clear()

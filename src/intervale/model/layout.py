@@ -18,6 +18,7 @@ import torch
 from intervale.core.errors import UserError
 
 _VIT, _PROJECTOR, _LLM = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
+EMBEDDING, HEAD = _LLM + "embed_tokens.weight", "lm_head.weight"  # one tensor when the model is tied
 _LAYER = "vision_model.encoder.layers.{n}."
 _NATIVE_LAYER = _VIT + "encoder.layer.{n}."
 

@@ -19,7 +19,7 @@ from intervale.core.errors import OutsideError, UserError, nearest
 from intervale.core.files import read_json
 from intervale.data.prompt import Template, stop_ids, template_named
 from intervale.data.tiling import Tiling
-from intervale.model import families
+from intervale.model import families, layout
 from intervale.model.adapt import adapted_network, base_folder, trained_tiles
 from intervale.model.source import NO_IMAGE_TOKEN, Source, build_network, folder_kind, open_source
 from intervale.model.tokenizer import Tokenizer, load_tokenizer
@@ -128,14 +128,13 @@ def network_from(source: Source, *, dtype: torch.dtype | str | None, device: str
     """The network of an opened source, in eval mode and without gradients."""
     wanted = None if dtype is None else as_dtype(dtype)
     network = build_network(source.config)
-    embedding = "model.language_model.embed_tokens.weight"
     state: dict[str, torch.Tensor] = {}
     for name, tensor in source.natives():
         cast = wanted if tensor.is_floating_point() else None
         state[name] = tensor.to(device=device, dtype=cast or tensor.dtype, copy=True)
     if source.tied:
-        head = state.setdefault("lm_head.weight", state[embedding])
-        if head is not state[embedding] and not torch.equal(head, state[embedding]):
+        head = state.setdefault(layout.HEAD, state[layout.EMBEDDING])
+        if head is not state[layout.EMBEDDING] and not torch.equal(head, state[layout.EMBEDDING]):
             raise UserError(
                 f"{source.folder}: tie_word_embeddings is set, but the stored output layer is not the embedding",
                 "set llm_config.tie_word_embeddings to false in config.json if the model was trained with both",

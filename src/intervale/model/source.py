@@ -53,7 +53,7 @@ class Source:
             stored = {layout.from_disk(name): info for name, info in tensors.items()}
         else:
             stored = {part: tensors[move.official] for move in self.moves if move.official in tensors for part in move.natives}
-        return stored[native if native in stored else f"{layout._LLM}embed_tokens.weight"].dtype
+        return stored[native if native in stored else layout.EMBEDDING].dtype
 
     def natives(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every stored native tensor once, file by file; a tied lm_head may be absent."""
@@ -167,7 +167,7 @@ def open_source(folder: Path, image_token_id: int | None = None) -> Source:
     moves = tuple(layout.plan_moves(shapes, families.BACKBONES[arch].style))
     optional = set()
     if config.tie_word_embeddings:
-        optional = {move.official for move in moves if move.natives == ("lm_head.weight",)} | {"lm_head.weight"}
+        optional = {move.official for move in moves if move.natives == (layout.HEAD,)} | {layout.HEAD}
     if kind == "official":
         expected = {move.official: layout.official_shape(move, shapes) for move in moves}
         found = checkpoint.shapes()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from intervale.core.files import need_space, read_json, sha256_file, staged_folder, write_json
+from intervale.core.files import need_space, read_object, sha256_file, staged_folder, write_json
 from intervale.model.adapt import ADAPTER, CHECKPOINTS, MANIFEST, TRAINED, load_trained, save_trained, verify_checkpoint
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -97,5 +97,5 @@ def restore(folder: Path, network: torch.nn.Module, optimizer: torch.optim.Optim
         entries = {key: moments[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in moments}
         if entries:
             optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
-    state = read_json(folder / STATE)
+    state = read_object(folder / STATE, "step", "samples", "tokens", "seconds")
     return Progress(state["step"], state["samples"], state["tokens"], state["seconds"])
