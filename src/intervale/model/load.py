@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import InternVLForConditionalGeneration
 
+from intervale.core.embedded import embedded
 from intervale.core.errors import OutsideError, UserError, nearest
 from intervale.core.files import read_json
 from intervale.data.prompt import Template, stop_ids, template_named
@@ -88,7 +89,7 @@ def as_device(name: str | torch.device | None) -> torch.device:
 
 
 def resolve_model(name: str | Path) -> Path:
-    """The folder of MODEL: a path, or a hub id, which is downloaded (HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are respected).
+    """The folder of MODEL: a path, the embedded `nano`, or a hub id, which is downloaded (HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN hold).
 
     Raises: UserError when there is no such folder; OutsideError when the hub cannot serve it.
     """
@@ -99,6 +100,8 @@ def resolve_model(name: str | Path) -> Path:
             return path
     except (OSError, ValueError):  # a NUL in it, or too long: no path, and no hub id either
         text = ""
+    if own := embedded(text):
+        return own
     if not _HUB_ID.fullmatch(text) or text.startswith((".", "/")):
         raise UserError(f"{name}: no such folder", "give the path of a model folder, or a hub id such as OpenGVLab/InternVL2-2B")
     import huggingface_hub
