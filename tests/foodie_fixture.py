@@ -151,3 +151,34 @@ def write_foodieqa(folder: Path, *, traps: bool) -> None:
     parts = {"sivqa": single, "mivqa": [_multi(folder, n) for n in range(12)], "textqa": [_words(n) for n in range(12)]}
     for task, items in parts.items():
         (folder / f"{task}_tidy.json").write_text(json.dumps(items, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+FOODS = {"苹果": ("red apple", "水果"), "梨": ("pear", "水果"), "面包": ("bread", "主食"), "茄子": ("eggplant", "蔬菜")}
+ARTISTS = {"noto": "train", "openmoji": "train", "twemoji": "test"}
+
+
+def write_emoji(folder: Path) -> None:
+    """Write sivqa_tidy.json (24 items) and images/ in the shape of the embedded data set: four foods, each drawn by three artists.
+
+    Two questions a picture. The items carry `artist` and the source's own `split`: two artists to train on, one to test on.
+    """
+    (folder / "images").mkdir(parents=True)
+    names, english = list(FOODS), [word for word, _ in FOODS.values()]
+    items = []
+    for artist, side in ARTISTS.items():
+        for number, (food, (_, kind)) in enumerate(FOODS.items()):
+            file = f"images/{artist}-{number}.png"
+            draw(list(COLOURS.values())[number], number % 3, number + 1, shift=list(ARTISTS).index(artist) + 20).save(folder / file)
+            meta = {"main_ingredient": [], "id": number, "food_name": food, "food_type": kind, "food_location": "", "food_file": file}
+            shared = {"food_name": food, "food_meta": meta, "split": side, "artist": artist}
+            name = {"question": "图片中的食物是什么?", "choices": names, "question_en": "What is the food?", "choices_en": english}
+            kinds = {
+                "question": "这是哪类食物?",
+                "choices": ["水果", "主食", "蔬菜"],
+                "question_en": "What kind is it?",
+                "choices_en": list("FSV"),
+            }
+            items.append({**name, "answer": str(number), "question_type": "name", "question_id": f"name-{artist}-{number}", **shared})
+            answer = str(kinds["choices"].index(kind))
+            items.append({**kinds, "answer": answer, "question_type": "kind", "question_id": f"kind-{artist}-{number}", **shared})
+    (folder / "sivqa_tidy.json").write_text(json.dumps(items, ensure_ascii=False, indent=1), encoding="utf-8")

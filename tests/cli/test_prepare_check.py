@@ -43,7 +43,9 @@ def test_prepare_then_check_finds_nothing(
     assert "held out" in said.out
     assert said.err.count("CC BY-NC-ND 4.0") == 1
     assert run(monkeypatch, "check", tmp_path / "out") == 0
-    assert "no faults: 24 items, 12 pictures, 24 with choices, nothing shared" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "no faults: 24 items, 12 pictures, 24 with choices\n" in said.out
+    assert "apart: pictures (bytes and pixels), questions without a picture, food_name (10 values in train, 2 in eval)" in said.out
 
 
 def test_all_says_that_a_score_would_be_on_training_items(

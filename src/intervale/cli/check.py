@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from intervale.cli.output import emit_json, note, result
+from intervale.cli.output import emit_json, note, result, safe
 from intervale.core.errors import UserError
 from intervale.core.files import read_json
 from intervale.core.lang import say
@@ -21,7 +21,7 @@ from intervale.core.lang import say
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from intervale.data.check import Line, Report
+    from intervale.data.check import Apart, Line, Report
     from intervale.data.split import Look
     from intervale.data.tiling import Tiling
     from intervale.model.load import TextSide
@@ -43,6 +43,9 @@ def check(
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles a picture is cut into (default: the model's).")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
     against: Annotated[Path | None, typer.Option(help="Another .jsonl that must share no picture and no question with DATA.")] = None,
+    apart: Annotated[
+        list[str] | None, typer.Option(metavar="TAG", help="A tag no value of which may stand in two of the files (repeatable).")
+    ] = None,
 ) -> None:
     """Find every fault of a data set in one pass; exit 1 when there is one."""
     from intervale.data.check import check_files
@@ -53,6 +56,7 @@ def check(
     if max_tiles is not None:
         tiling = replace(tiling, max_tiles=max_tiles, min_tiles=min(tiling.min_tiles, max_tiles))
     train, evaluation = data_files(data)
+    card = _card(data)
     limit = (max_length or DEFAULT_MAX_LENGTH) if side else None
     report = check_files(
         train,
@@ -62,10 +66,12 @@ def check(
         template=side.template if side else None,
         tiling=tiling if side else None,
         max_length=limit,
+        kept_apart=_kept_apart(card, data) if data.is_dir() else (),
+        apart=apart or (),
     )
     coloured = not json_output and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     shown = [shown_item(line, report.looks, side, tiling, coloured) for line in report.lines if line.record][:show]
-    trained_on = _scored_on_training_items(data)
+    trained_on = card.get("scored_on_training_items") is True
     if json_output:
         emit_json(_document(report, limit, shown, trained_on))
     else:
@@ -96,10 +102,22 @@ def _text_side(model: str, max_length: int | None) -> TextSide | None:
     return load_text_side(model)
 
 
-def _scored_on_training_items(data: Path) -> bool:
+def _card(data: Path) -> dict[str, Any]:
+    """The card beside the data; empty when there is none."""
     card = (data if data.is_dir() else data.parent) / "dataset.json"
     facts = read_json(card) if card.is_file() else {}
-    return isinstance(facts, dict) and facts.get("scored_on_training_items") is True
+    return facts if isinstance(facts, dict) else {}
+
+
+def _kept_apart(card: dict[str, Any], folder: Path) -> list[str]:
+    """The tags the card says are kept apart (cards before there were any told it in words). Raises: UserError."""
+    split = card.get("split")
+    tags = split.get("kept_apart") if isinstance(split, dict) else None
+    if tags is None or isinstance(tags, str):
+        return []
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise UserError(f"{folder / 'dataset.json'}: 'kept_apart' is not a list of tags", "restore the card, or run `prepare` again")
+    return tags
 
 
 def _document(report: Report, limit: int | None, shown: list[str], trained_on: bool) -> dict[str, Any]:
@@ -113,6 +131,7 @@ def _document(report: Report, limit: int | None, shown: list[str], trained_on: b
         "tokens": tokens,
         "max_length": limit,
         "scored_on_training_items": trained_on,
+        "apart": asdict(report.apart) if report.apart else None,
         "faults": [asdict(fault) for fault in report.faults],
         **({"shown": shown} if shown else {}),
     }
@@ -122,7 +141,7 @@ def _print(report: Report, limit: int | None, shown: list[str], trained_on: bool
     for text in shown:
         result(text + "\n")
     for fault in report.faults[:LISTED]:
-        result(_safe(f"{fault.where}: {fault.what}") + f"\n  {say('fix', '办法')}: {_safe(fault.fix)}")
+        result(safe(f"{fault.where}: {fault.what}") + f"\n  {say('fix', '办法')}: {safe(fault.fix)}")
     if len(report.faults) > LISTED:
         rest = len(report.faults) - LISTED
         result(say(f"... and {rest} more (--json lists all)", f"……还有 {rest} 处（--json 列出全部）"))
@@ -139,10 +158,10 @@ def _print(report: Report, limit: int | None, shown: list[str], trained_on: bool
                 f"{fewest:,} 至 {most:,} 个 token（中位数 {middle:,}；max_length {limit:,}）",
             )
         )
-    if len(report.files) > 1 and not any(fault.kind.startswith("overlap") for fault in report.faults):
-        counts.append(say("nothing shared between the files", "文件之间没有重复"))
     found = say(f"{len(report.faults)} faults", f"{len(report.faults)} 处问题") if report.faults else say("no faults", "没有问题")
     result(say(f"{found}: {', '.join(counts)}", f"{found}：{'，'.join(counts)}"))
+    if report.apart and (told := _told_apart(report.apart)):
+        result(safe(say(f"apart: {', '.join(told)}", f"两边不重复：{'，'.join(told)}")))
     if trained_on:
         note(
             say(
@@ -154,9 +173,23 @@ def _print(report: Report, limit: int | None, shown: list[str], trained_on: bool
         note(say("tokens were not counted: name a model with --model", "未统计 token：请用 --model 指定模型"))
 
 
-def _safe(text: str) -> str:
-    """Text of a data file for a terminal: its control characters become visible instead of acting."""
-    return "".join(letter if letter in "\n\t" or letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+def _told_apart(apart: Apart) -> list[str]:
+    """What the files do not share, a phrase each; of a tag how many values each file has."""
+    told = [say("pictures (bytes and pixels)", "图片（字节和像素）")] if apart.pictures else []
+    if apart.questions:
+        told.append(say("questions without a picture", "无图问题"))
+    for tag, files in apart.tags.items():
+        stems = [Path(file).stem for file in files]
+        names = stems if len(set(stems)) == len(stems) else list(files)
+        pairs = list(zip(names, files.values(), strict=True))
+        (name, count), rest = pairs[0], pairs[1:]
+        english = ", ".join([f"{count} value{'s' * (count != 1)} in {name}", *(f"{more} in {other}" for other, more in rest)])
+        chinese = "，".join(f"{other} 有 {more} 个值" for other, more in pairs)
+        lacking = apart.without[tag]
+        english += f"; {lacking} without it" if lacking else ""
+        chinese += f"；{lacking} 条没有此标签" if lacking else ""
+        told.append(say(f"{tag} ({english})", f"{tag}（{chinese}）"))
+    return told
 
 
 def _spans(line: Line, looks: Sequence[Look], side: TextSide | None, tiling: Tiling) -> tuple[list[tuple[str, bool]], str]:
@@ -195,16 +228,16 @@ def shown_item(line: Line, looks: dict[Path, Look], side: TextSide | None, tilin
     assert line.record is not None
     seen = picture_looks(line, looks)
     if seen is None:
-        return _safe(f"── {line.record.id} ({line.where}): " + say("its pictures cannot be read", "图片无法读取"))
+        return safe(f"── {line.record.id} ({line.where}): " + say("its pictures cannot be read", "图片无法读取"))
     spans, counts = _spans(line, seen, side, tiling)
-    lines = [_safe(f"── {line.record.id} ({line.where}): {counts}")]
+    lines = [safe(f"── {line.record.id} ({line.where}): {counts}")]
     for (name, _), look in zip(line.pictures, seen, strict=True):
         columns, rows = choose_grid(look.width, look.height, tiling)
         tiles = tiling.tiles_of(look.width, look.height)
         extra = say(" + thumbnail", " + 缩略图") if tiles > columns * rows else ""
         tokens = tiling.tokens_of(look.width, look.height)
         lines.append(
-            _safe(name)
+            safe(name)
             + say(
                 f": {look.width}x{look.height}, grid {columns}x{rows}{extra} = {tiles} tiles, {tokens:,} tokens",
                 f"：{look.width}x{look.height}，网格 {columns}x{rows}{extra} = {tiles} 块，{tokens:,} 个 token",
@@ -213,6 +246,6 @@ def shown_item(line: Line, looks: dict[Path, Look], side: TextSide | None, tilin
     text, open_, close = "", *((_GREEN, _PLAIN) if coloured else ("【", "】"))
     inside = False
     for part, trained in spans:
-        text += (open_ if trained and not inside else close if inside and not trained else "") + _safe(part)
+        text += (open_ if trained and not inside else close if inside and not trained else "") + safe(part)
         inside = trained
     return "\n".join([*lines, text + (close if inside else "")])

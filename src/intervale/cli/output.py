@@ -20,3 +20,8 @@ def result(text: str) -> None:
 def emit_json(value: Any) -> None:
     """The one JSON document of a `--json` command."""
     print(json.dumps(value, ensure_ascii=False, indent=2), flush=True)
+
+
+def safe(text: str) -> str:
+    """Text of a data file for a terminal: its control characters become visible instead of acting."""
+    return "".join(letter if letter in "\n\t" or letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

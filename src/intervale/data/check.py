@@ -12,12 +12,12 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from intervale.core.errors import UserError
+from intervale.core.errors import UserError, nearest
 from intervale.core.files import inside, parse_json
 from intervale.core.records import Record, parse_record
 from intervale.data.formats import Fault, fault_of
 from intervale.data.prompt import Prompt, Template, Tokenizer, encode_turns, turns_of
-from intervale.data.split import Look, look_at, question_key
+from intervale.data.split import Look, look_at, question_key, tag_value, tag_values
 from intervale.data.tiling import Tiling
 
 _BOM = b"\xef\xbb\xbf"
@@ -34,11 +34,24 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """What several files provably do not share: pictures, questions without a picture, and tags.
+
+    `tags` maps a tag to the number of its values in each file, `without` to the number of items that have none.
+    """
+
+    pictures: bool
+    questions: bool
+    tags: dict[str, dict[str, int]]
+    without: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Report:
     """What a data set holds and what is wrong with it.
 
     `files` maps a file to its number of lines; `tokens` is (fewest, median, most) an item, None without a tokenizer or when
-    no item could be counted; `lines` and `looks` are what was read, for showing it.
+    no item could be counted; `apart` is None where there is one file only; `lines` and `looks` are what was read, for showing it.
     """
 
     files: dict[str, int]
@@ -46,6 +59,7 @@ class Report:
     with_choices: int
     tokens: tuple[int, int, int] | None
     faults: tuple[Fault, ...]
+    apart: Apart | None
     lines: tuple[Line, ...]
     looks: dict[Path, Look]
 
@@ -221,6 +235,70 @@ def _overlaps(train: Sequence[Line], held_out: Sequence[Line], looks: dict[Path,
     return faults
 
 
+def _records(lines: Sequence[Line]) -> list[Record]:
+    return [line.record for line in lines if line.record]
+
+
+def _refuse_absent(tag: str, data: dict[Path, list[Line]]) -> None:
+    """Raise when a tag that was asked for cannot be compared: there is one file only, or no item of a file has it."""
+    if len(data) < 2:
+        raise UserError(
+            f"{next(iter(data))}: one file alone; there is nothing {tag!r} could be apart from",
+            "name a folder with train.jsonl and eval.jsonl, or another file with --against",
+        )
+    for path, lines in data.items():
+        records = _records(lines)
+        known = sorted({name for record in records for name in record.tags})
+        if records and not tag_values(records, tag):
+            raise UserError(
+                f"{path}: no item has the tag {tag!r}{nearest(tag, known)}", f"its tags are: {', '.join(known) or 'none'}; name one of them"
+            )
+
+
+def _shared_tag(tag: str, train: Sequence[Line], held_out: Sequence[Line], path: Path) -> list[Fault]:
+    """One fault a value of `tag` that stands in `held_out` and in `train` too, at the first item that has it."""
+    known = tag_values(_records(train), tag)
+    having: dict[str, list[Record]] = {}
+    for record in _records(held_out):
+        having.setdefault(tag_value(record, tag), []).append(record)
+    faults = []
+    for value in (value for value in having if value in known):
+        first = having[value][0]
+        what = f"the tag {tag!r} is {first.tags[tag]!r} ({len(having[value])} such in {path.name}), as at {known[value]}"
+        faults.append(Fault(first.where, "overlap-tag", what, f"keep all items with one {tag!r} in one file"))
+    return faults
+
+
+def _apart(data: dict[Path, list[Line]], own: Sequence[Path], kept: Sequence[str], asked: Sequence[str]) -> tuple[list[Fault], Apart]:
+    """What tags share across files, and which are apart: `kept` (the card's) between the files `own`, `asked` between all."""
+    faults: list[Fault] = []
+    tags: dict[str, dict[str, int]] = {}
+    without: dict[str, int] = {}
+    for tag in dict.fromkeys([*asked, *kept]):
+        paths = list(data) if tag in asked else list(own)
+        values = {str(path): len(tag_values(_records(data[path]), tag)) for path in paths}
+        if not any(values.values()) and all(_records(data[path]) for path in paths):
+            what = f"no item has the tag {tag!r}, which dataset.json says is kept apart"
+            faults.append(Fault(str(paths[-1]), "overlap-tag", what, "run `prepare` again, or correct the card"))
+        for position, path in enumerate(paths):
+            earlier = [line for before in paths[:position] for line in data[before]]
+            faults += (shared := _shared_tag(tag, earlier, data[path], path))
+            if shared:
+                values = {}
+        if values and all(values.values()):
+            tags[tag] = values
+            without[tag] = sum(not tag_value(record, tag) for path in paths for record in _records(data[path]))
+    return faults, Apart(True, True, tags, without)
+
+
+def _proven(apart: Apart, faults: Sequence[Fault]) -> Apart:
+    """Less what the faults leave open: a line that is no record, or a picture that cannot be read, may be anything."""
+    kinds = {fault.kind for fault in faults}
+    pictures = not kinds & {"json", "record", "picture", "picture-path", "overlap-picture", "overlap-question"}
+    read = not kinds & {"json", "record"}
+    return Apart(pictures, read and "overlap-question" not in kinds, apart.tags if read else {}, apart.without if read else {})
+
+
 def check_files(
     train: Path,
     evaluation: Path | None = None,
@@ -230,16 +308,21 @@ def check_files(
     template: Template | None = None,
     tiling: Tiling | None = None,
     max_length: int | None = None,
+    kept_apart: Sequence[str] = (),
+    apart: Sequence[str] = (),
 ) -> Report:
     """Read a training file, and held-out files it must share nothing with, and report every fault.
 
-    No file may share anything with one named before it. With `tokenizer`, `template` and `tiling` (all three) every item is
-    encoded and must fit `max_length` tokens. Raises: UserError when a file cannot be read at all, or is named twice.
+    No file may share anything with one named before it: no value of a tag in `apart` either, and between `train` and
+    `evaluation` none in `kept_apart`. With `tokenizer`, `template` and `tiling` (all three) every item is encoded and must
+    fit `max_length` tokens. Raises: UserError when a file cannot be read at all or is named twice, or lacks a tag of `apart`.
     """
     paths = [path for path in (train, evaluation, against) if path is not None]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError(f"{paths[-1]} would be compared with itself", "name another file")
     data = {path: read_data(path) for path in paths}
+    for tag in apart:
+        _refuse_absent(tag, data)
     looks = look_at(file for lines in data.values() for line in lines for _, file in line.pictures if file)
     faults: list[Fault] = []
     sizes: list[int] = []
@@ -254,6 +337,8 @@ def check_files(
     for position, path in enumerate(paths):
         earlier = [line for before in paths[:position] for line in data[before]]
         faults += _overlaps(earlier, data[path], looks)
+    shared, proof = _apart(data, paths[:2] if evaluation else (), kept_apart if evaluation else (), apart)
+    faults += shared
     every = tuple(line for lines in data.values() for line in lines)
     order = {line.where: number for number, line in enumerate(every)}
     return Report(
@@ -261,6 +346,7 @@ def check_files(
         pictures=len(looks),
         with_choices=sum(bool(line.record and line.record.choices) for line in every),
         tokens=(min(sizes), median_low(sizes), max(sizes)) if sizes else None,
+        apart=_proven(proof, faults) if len(paths) > 1 else None,
         faults=tuple(sorted(faults, key=lambda fault: order.get(fault.where, -1))),
         lines=every,
         looks=looks,

@@ -1,7 +1,8 @@
 """The FoodieQA benchmark's files (Li et al., EMNLP 2024) as records; the answers are worded as the tutorial words them.
 
 Promises: every item is a Sample or a Fault; `answer` stays the index of the right choice; what an item lacks in English is a
-fault only where English alone was asked for. Nothing of the benchmark is in this package: only its field names are.
+fault only where English alone was asked for. Other data sets in this shape may add `split`, `artist` and a licence.json.
+Nothing of the benchmark is in this package: only its field names are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from intervale.core.errors import UserError
+from intervale.core.files import read_object
 from intervale.core.records import IMAGE
 from intervale.data.formats import Reading, Sample, build, collect
 
@@ -55,6 +57,18 @@ def find_source(src: Path, task: str) -> Path:
         else "name the folder that holds the benchmark's JSON files and images/"
     )
     raise UserError(f"{src}: no {' or '.join(FILES[task])}", fix)
+
+
+def licence_of(source: Path) -> dict[str, str]:
+    """{name, terms, url?} of licence.json beside `source`, the JSON file; without one the benchmark's own. Raises: UserError."""
+    own = source.parent / "licence.json"
+    if not own.is_file():
+        return LICENCE
+    facts = read_object(own, "name", "terms")
+    for key, value in facts.items():
+        if key in LICENCE and not (isinstance(value, str) and value.strip()):
+            raise UserError(f"{own}: {key!r} is empty or not a text", 'write {"name": "...", "terms": "...", "url": "..."}')
+    return {key: facts[key].strip() for key in LICENCE if key in facts}
 
 
 def _text(item: dict[str, Any], key: str, where: str) -> str:
@@ -103,12 +117,16 @@ def _meta(item: dict[str, Any], where: str) -> dict[str, Any]:
     return meta
 
 
-def _tags(item: dict[str, Any], dish: str, cuisine: str) -> dict[str, str]:
+def _tags(item: dict[str, Any], dish: str, cuisine: str, where: str) -> dict[str, str]:
+    artist = item.get("artist")
+    if artist is not None and not isinstance(artist, str):
+        raise UserError(f"{where}: 'artist' is not a text", "write the name in quotes, or remove the key")
     tags = {
         "question_type": _optional(item.get("question_type")),
         "cuisine": normal_cuisine(cuisine),
         "food_name": dish,
         "group": _optional(item.get("ann_group")),
+        "artist": _optional(artist),
     }
     return {key: value for key, value in tags.items() if value}
 
@@ -127,7 +145,8 @@ def _sample(
     tags: dict[str, str],
     language: str,
 ) -> Sample:
-    fields = {"id": _id(item, where) + ("-en" if language == "en" else ""), "choices": choices, "answer": answer, "tags": tags}
+    name = _id(item, where) + ("-en" if language == "en" else "")
+    fields = {"id": name, "choices": choices, "answer": answer, "tags": tags, "split": item.get("split")}
     return build([("user", asked), ("assistant", said)], names, fields, where, number, root)
 
 
@@ -148,7 +167,7 @@ def _single(item: dict[str, Any], where: str, number: int, root: Path, language:
         asked=f"{IMAGE}\n{_text(item, 'question' + _SUFFIX[language], where)}",
         said=choices[answer] + (NAMES_THE_DISH + dish if language == "zh" else ""),
         names=[_text(meta, "food_file", where)],
-        tags=_tags(item, dish, _optional(meta.get("food_type"))),
+        tags=_tags(item, dish, _optional(meta.get("food_type")), where),
     )
 
 
@@ -177,7 +196,7 @@ def _multi(item: dict[str, Any], where: str, number: int, root: Path, language: 
         said=choices[answer],
         names=names,
         asked=shown + _text(item, "question" + _SUFFIX[language], where),
-        tags=_tags(item, _optional(item.get("food_name")), _optional(item.get("food_type"))),
+        tags=_tags(item, _optional(item.get("food_name")), _optional(item.get("food_type")), where),
     )
 
 
@@ -196,7 +215,7 @@ def _words(item: dict[str, Any], where: str, number: int, root: Path, language: 
         said=choices[answer],
         names=[],
         asked=_text(item, "question" + _SUFFIX[language], where),
-        tags=_tags(item, _text(item, "food_name", where), _optional(item.get("cuisine_type"))),
+        tags=_tags(item, _text(item, "food_name", where), _optional(item.get("cuisine_type")), where),
     )
 
 

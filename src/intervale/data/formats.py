@@ -2,7 +2,7 @@
 
 Promises: every item of the file is either a Sample or a Fault with its place in the file; pictures stand first in their turn
 unless the text around them refers to them; a key that is not understood is counted, never dropped in silence. No picture is
-opened here. Cost: the whole file in memory, one JSON parse.
+opened here. A key `split` of an item is the side its source puts it on. Cost: the whole file in memory, one JSON parse.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from intervale.core.records import IMAGE, Record, parse_record, read_lines
 
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "developer": "system"}
 _PASSED_ON = ("id", "choices", "answer", "tags")
+SIDES = {"train": "train", **dict.fromkeys(("test", "eval", "validation", "val", "dev"), "eval")}  # what a source may call a side
 _OTHER_MEDIA = ("video", "videos", "audio", "audios", "tools")
 
 
@@ -35,10 +36,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Sample:
-    """A record whose `images` are the names under the output folder, and the source file of each of them."""
+    """A record whose `images` are the names under the output folder, and the source file of each of them.
+
+    `side` is where the source's own split puts it: train, eval, or None when it does not say.
+    """
 
     record: Record
     files: tuple[Path, ...]
+    side: str | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,17 @@ def pictures_first(text: str) -> str:
     return "\n".join([IMAGE] * (len(parts) - 1) + words)
 
 
+def _side(item: dict[str, Any], where: str) -> str | None:
+    """The side an item's `split` names. Raises: UserError for a word that names none."""
+    value = item.get("split")
+    if value is None:
+        return None
+    side = SIDES.get(value.strip().casefold()) if isinstance(value, str) else None
+    if side is None:
+        raise UserError(f"{where}: 'split' is {str(value)[:80]!r}", f"use one of {', '.join(SIDES)}, or remove the key from every item")
+    return side
+
+
 def build(turns: list[tuple[str, str]], names: list[Any], item: dict[str, Any], where: str, number: int, root: Path) -> Sample:
     """A Sample from (role, text) turns and picture paths. Raises: UserError for anything a record does not allow.
 
@@ -166,7 +182,7 @@ def build(turns: list[tuple[str, str]], names: list[Any], item: dict[str, Any], 
     answers = [message.content for message in record.messages if message.role == "assistant"]
     if not answers or not all(answer.strip() for answer in answers):
         raise UserError(f"{where}: {'an answer is empty' if answers else 'there is no answer'}", "write the answer, or remove the item")
-    return Sample(record, tuple(file for _, file in located))
+    return Sample(record, tuple(file for _, file in located), _side(item, where))
 
 
 def _count_ignored(item: dict[str, Any], known: Iterable[str], where: str, counts: Counter[str]) -> None:
@@ -214,7 +230,7 @@ def read_llava(path: Path, image_root: Path) -> Reading:
     counts: Counter[str] = Counter()
 
     def adapt(item: dict[str, Any], where: str, number: int) -> list[Sample]:
-        _count_ignored(item, ("image", "images", "conversations", *_PASSED_ON), where, counts)
+        _count_ignored(item, ("image", "images", "conversations", "split", *_PASSED_ON), where, counts)
         names = _as_list(item.get("image")) + _as_list(item.get("images"))
         return [build(_llava_turns(item.get("conversations"), where), names, item, where, number, image_root)]
 
@@ -266,7 +282,7 @@ def read_messages(path: Path, image_root: Path) -> Reading:
     counts: Counter[str] = Counter()
 
     def adapt(item: dict[str, Any], where: str, number: int) -> list[Sample]:
-        _count_ignored(item, ("messages", "images", *_PASSED_ON), where, counts)
+        _count_ignored(item, ("messages", "images", "split", *_PASSED_ON), where, counts)
         pictures = _as_list(item.get("images"))
         listed = [entry.get("path", "") if isinstance(entry, dict) else entry for entry in pictures]
         turns, names = _messages_turns(item.get("messages"), listed, where)

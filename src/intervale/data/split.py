@@ -1,4 +1,4 @@
-"""What makes two items the same, and a division of a data set that keeps such items on one side.
+"""What makes two items the same, a division of a data set that keeps such items on one side, and what a division kept apart.
 
 Items are the same in part when they share a picture (its bytes, or its decoded pixels), a dish, or, without a picture, the
 words of the question. Promises: the division is a function of the items and the seed; no such tie crosses it. Cost: every
@@ -71,11 +71,17 @@ def question_key(record: Record) -> str:
     return normal_text(" ".join(m.content.replace(IMAGE, " ") for m in record.messages if m.role == "user"))
 
 
-def ties_of(record: Record, looks: Sequence[Look]) -> set[str]:
+def tag_value(record: Record, tag: str) -> str:
+    """A tag's value as it is compared; empty when the item has none."""
+    value = record.tags.get(tag, "").strip()
+    return normal_text(value) or value
+
+
+def ties_of(record: Record, looks: Sequence[Look], *, dishes: bool = True) -> set[str]:
     """What ties an item to others: each of its pictures (twice: bytes, pixels), its dish, or its question if it has no picture."""
     ties = {f"file {look.file_sha}" for look in looks} | {f"pixels {look.pixel_sha}" for look in looks}
-    dish = normal_text(record.tags.get("food_name", ""))
-    if dish:
+    dish = tag_value(record, "food_name")
+    if dish and dishes:
         ties.add(f"dish {dish}")
     question = question_key(record)
     if question and not record.images:
@@ -142,3 +148,29 @@ def divide(ids: Sequence[str], ties: Sequence[set[str]], fraction: float, seed: 
     held_out = {item for group in taken for item in group}
     train = tuple(item for item in range(len(ids)) if item not in held_out)
     return Division(train, tuple(sorted(held_out)), len(groups), largest)
+
+
+def tag_values(records: Iterable[Record], tag: str) -> dict[str, str]:
+    """The values of a tag, as they are compared, and where each stands first."""
+    found: dict[str, str] = {}
+    for record in records:
+        if value := tag_value(record, tag):
+            found.setdefault(value, record.where)
+    return found
+
+
+def tags_apart(train: Sequence[Record], held_out: Sequence[Record]) -> tuple[list[str], list[str]]:
+    """(tags no value of which stands on both sides, tags with a value that does), each in alphabetical order.
+
+    Only a tag of every item can be apart, and not one whose values are as many as the items: a number is no common trait.
+    """
+    every = [*train, *held_out]
+    items = len({record.where for record in every})  # an item that is asked in two languages makes two records
+    apart, shared = [], []
+    for tag in sorted({tag for record in every for tag in record.tags}):
+        left, right = tag_values(train, tag), tag_values(held_out, tag)
+        if left.keys() & right.keys():
+            shared.append(tag)
+        elif all(tag_value(record, tag) for record in every) and len(left) + len(right) < items:
+            apart.append(tag)
+    return apart, shared
