@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from evaluation_fixture import folder, line, outcomes
 from intervale.core.errors import UserError
-from intervale.core.files import write_json
 from intervale.core.lang import set_language
 from intervale.evaluate.compare import compare, write_report
 from intervale.evaluate.report import in_words, report_html
@@ -27,35 +27,6 @@ def _english() -> Iterator[None]:
     set_language(None)
 
 
-def line(name: str, correct: bool, **changes: Any) -> dict[str, Any]:
-    parsed = 0 if correct else 1
-    item = {"id": name, "question": f"Q {name}", "choices": ["hot", "sour"], "answer": 0, "prompt": "open", "mode": "strict"}
-    told = {"raw": item["choices"][parsed], "finish": "stop", "parsed": parsed, "correct": correct, "tokens": 3, "seconds": 0.1}  # type: ignore[index]
-    return {**item, **told, "tags": {"type": "taste"}, **changes}
-
-
-def folder(path: Path, lines: list[dict[str, Any]], **changes: Any) -> Path:
-    """A finished evaluation as `evaluate` leaves it, without a model."""
-    right = sum(entry["correct"] for entry in lines)
-    score = {"n": len(lines), "correct": right, "accuracy": right / len(lines), "interval": [0.1, 0.9]}
-    protocol = {"prompt": "open", "mode": "strict", "max_new_tokens": 64, "max_tiles": 6, "headline": None}
-    model = {"name": "m", "fingerprint": "f", "checkpoint": None, "checkpoint_fingerprint": None, "precision": "float32", "device": "cpu"}
-    summary = {
-        **score, "unparsed": 0, "cut_off": 0, "chance": 0.5, "tags": {"type": {"taste": score}}, "protocol": protocol, "model": model,
-        "data": {"file": "d.jsonl", "items": len(lines), "digest": "d"}, "scored_on_training_items": None, "scored_on_training_items_reason": "unknown",
-        "versions": {"intervale": "0", "torch": "2", "transformers": "5"},
-    }  # fmt: skip
-    path.mkdir()
-    write_json(path / "protocol.json", {"protocol": protocol})
-    (path / "predictions.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
-    write_json(path / "summary.json", summary | changes)
-    return path
-
-
-def outcomes(pattern: str) -> list[dict[str, Any]]:
-    return [line(f"q{n}", mark == "1") for n, mark in enumerate(pattern)]
-
-
 def test_items_are_paired_by_id_whatever_their_order(tmp_path: Path) -> None:
     before = folder(tmp_path / "a", outcomes("1100011"))
     after = folder(tmp_path / "b", outcomes("1011101")[::-1])
@@ -63,13 +34,18 @@ def test_items_are_paired_by_id_whatever_their_order(tmp_path: Path) -> None:
     assert found["pairs"] == {"both_right": 2, "fixed": 3, "broken": 2, "both_wrong": 0}
     assert [item["id"] for item in found["fixed"]] == ["q2", "q3", "q4"]
     assert [item["id"] for item in found["broken"]] == ["q1", "q5"]
+    assert [item["id"] for item in found["both_right"]] == ["q0", "q6"]
+    assert found["both_wrong"] == []
     assert found["fixed"][0] | {"tags": {}} == {
         "id": "q2",
         "question": "Q q2",
         "choices": ["hot", "sour"],
+        "images": [],
         "right": "hot",
         "before": "sour",
         "after": "hot",
+        "before_choice": "sour",
+        "after_choice": "hot",
         "tags": {},
     }
     assert found["difference"]["value"] == pytest.approx(1 / 7)

@@ -1,12 +1,13 @@
 """Two evaluations of the same items, paired: what was fixed, what broke, and whether chance explains it. No torch here.
 
 Promises: items are joined by id and must be the same in question, choices and answer; the protocols must be the same; anything
-else is refused with a list of what differs. Cost: reading two folders.
+else is refused with a list of what differs. Cost: reading two folders; for the page, decoding the pictures it shows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from intervale.core.runlog import differences
 from intervale.evaluate.folder import read_evaluation
 from intervale.evaluate.report import report_html
 from intervale.evaluate.statistics import Pairs, mcnemar, paired_difference
+from intervale.evaluate.training_card import training_card
 
 REPORT_HTML, REPORT_JSON = "report.html", "report.json"
 _SHOWN = 5
@@ -43,31 +45,58 @@ def _refuse_different(before: Path, after: Path, protocols: tuple[Any, Any], lin
         )
 
 
-def pair(old: Sequence[Line], new: Sequence[Line]) -> tuple[Pairs, list[tuple[Line, Line]], list[tuple[Line, Line]]]:
-    """(counts, fixed items, broken items) of predictions with the same ids, in the order of the first."""
+@dataclass(frozen=True)
+class Paired:
+    """(before, after) predictions of the same items by how the two models did, each list in the order of the first evaluation."""
+
+    both_right: list[tuple[Line, Line]]
+    fixed: list[tuple[Line, Line]]
+    broken: list[tuple[Line, Line]]
+    both_wrong: list[tuple[Line, Line]]
+
+    def counts(self) -> Pairs:
+        """How many there are of each."""
+        return Pairs(len(self.both_right), len(self.fixed), len(self.broken), len(self.both_wrong))
+
+
+def pair(old: Sequence[Line], new: Sequence[Line]) -> Paired:
+    """Predictions with the same ids, side by side."""
     by_id = {line["id"]: line for line in new}
-    both = [(line, by_id[line["id"]]) for line in old]
-    fixed = [(a, b) for a, b in both if not a["correct"] and b["correct"]]
-    broken = [(a, b) for a, b in both if a["correct"] and not b["correct"]]
-    right = sum(a["correct"] and b["correct"] for a, b in both)
-    return Pairs(right, len(fixed), len(broken), len(both) - right - len(fixed) - len(broken)), fixed, broken
+    found = Paired([], [], [], [])
+    lists = {(True, True): found.both_right, (False, True): found.fixed, (True, False): found.broken, (False, False): found.both_wrong}
+    for line in old:
+        other = by_id[line["id"]]
+        lists[bool(line["correct"]), bool(other["correct"])].append((line, other))
+    return found
 
 
 def said(line: Line) -> str:
     """What the model answered, as a person would read it: its words, or the choice it found most likely."""
     if line["mode"] != "likelihood":
         return str(line["raw"])
-    return "" if line["parsed"] is None else str(line["choices"][line["parsed"]])
+    return _choice(line) or ""
+
+
+def _choice(line: Line) -> str | None:
+    return None if line["parsed"] is None else str(line["choices"][line["parsed"]])
+
+
+def _images(*lines: Line) -> list[str]:
+    """The item's pictures, by their paths from the data's folder; none where the evaluation did not note them."""
+    return next(([str(name) for name in line["images"]] for line in lines if isinstance(line.get("images"), list)), [])
 
 
 def _item(old: Line, new: Line) -> dict[str, Any]:
     return {
         "id": old["id"],
         "question": old["question"],
+        "images": _images(new, old),
         "choices": old["choices"],
         "right": old["choices"][old["answer"]],
         "before": said(old),
         "after": said(new),
+        "before_choice": _choice(old),
+        "after_choice": _choice(new),
         "tags": old["tags"],
     }
 
@@ -94,7 +123,8 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
     """
     (old, old_lines), (new, new_lines) = read_evaluation(before), read_evaluation(after)
     _refuse_different(before, after, (old["protocol"], new["protocol"]), (old_lines, new_lines))
-    pairs, fixed, broken = pair(old_lines, new_lines)
+    paired = pair(old_lines, new_lines)
+    pairs = paired.counts()
     difference, low, high = paired_difference(pairs)
     sides = {"before": _side(before, old), "after": _side(after, new)}
     flags = [side["scored_on_training_items"] for side in sides.values()]
@@ -109,17 +139,25 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         "chance": old["chance"],
         **sides,
         "tags": _tags(old["tags"], new["tags"]),
-        "fixed": [_item(*both) for both in fixed],
-        "broken": [_item(*both) for both in broken],
+        "training": training_card(new.get("model") or {}),
+        **{name: [_item(*both) for both in getattr(paired, name)] for name in ("fixed", "broken", "both_wrong", "both_right")},
     }
 
 
-def write_report(found: dict[str, Any], out: Path) -> None:
+def write_report(found: dict[str, Any], out: Path, extra: dict[str, Any] | None = None) -> None:
     """DIR/report.json and DIR/report.html, each complete or absent; an earlier report is replaced.
 
+    `extra` is another comparison of the same two models (say, by likelihood): a row under the headline, "also" in report.json.
     Raises: UserError when `out` is a file or cannot be written.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file", "give --out a folder")
-    write_json(out / REPORT_JSON, found)
-    write_atomic(out / REPORT_HTML, report_html(found))
+    for side in ("before", "after") if extra else ():
+        one, other = (_weights(told[side]["model"]) for told in (found, extra or {}))
+        assert one == other, f"`extra` compares other models ({side}: {other}, not {one})"
+    write_json(out / REPORT_JSON, found if extra is None else found | {"also": extra})
+    write_atomic(out / REPORT_HTML, report_html(found, extra))
+
+
+def _weights(model: dict[str, Any]) -> tuple[Any, Any]:
+    return model.get("fingerprint"), model.get("checkpoint_fingerprint")
