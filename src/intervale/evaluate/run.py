@@ -102,10 +102,7 @@ def plan(
     _refuse_modes(prompt, mode)
     records = read_records(data)[:limit]
     refuse_unscorable(records, str(data), prompt)
-    sizes = [
-        [picture_size(inside(record.root, image, record.where), f"{record.where}: {image}") for image in record.images]
-        for record in records
-    ]
+    sizes = _picture_sizes(records)
     tiling = narrow(load_text_side(model).tiling, None, max_tiles)
     tiles = tuple(tuple(tiling.tiles_of(*size) for size in own) for own in sizes)
     device = str(as_device(device))
@@ -113,6 +110,18 @@ def plan(
     likely = mode == "likelihood"
     protocol = Protocol(prompt, mode, None if likely else max_new_tokens, tiling.max_tiles, "sum" if likely else None)
     return Plan(model, resolve_model(model), data, tuple(records), tiles, protocol, tiling, device, dtype, out)
+
+
+def _picture_sizes(records: Sequence[Record]) -> list[list[tuple[int, int]]]:
+    """(width, height) of each record's pictures; a file is opened once. Raises: UserError for one that cannot be used."""
+    known: dict[Path, tuple[int, int]] = {}
+    sizes = []
+    for record in records:
+        paths = [inside(record.root, image, record.where) for image in record.images]
+        for path, image in zip(paths, record.images, strict=True):
+            known[path] = known[path] if path in known else picture_size(path, f"{record.where}: {image}")
+        sizes.append([known[path] for path in paths])
+    return sizes
 
 
 def evaluate(job: Plan, *, fresh: bool, tell: Tell) -> dict[str, Any]:
