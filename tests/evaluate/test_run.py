@@ -17,7 +17,8 @@ from intervale.core.lang import set_language
 from intervale.core.records import Message, Record, data_digest, read_records, to_json
 from intervale.data.dataset import TileCache, load_item
 from intervale.engine.decode import encode_tiles
-from intervale.evaluate import ask as asking
+from intervale.evaluate import batches as batching
+from intervale.evaluate import features as featuring
 from intervale.evaluate import run as running
 from intervale.evaluate.folder import PREDICTIONS, PROTOCOL, SUMMARY, read_predictions
 from intervale.evaluate.provenance import scored_on_training_items
@@ -82,6 +83,8 @@ def test_every_mode_asks_every_item_once_and_sums_up_what_is_on_file(model: Path
     summary = go(model, write_data(tmp_path), tmp_path / "out", prompt=prompt, mode=mode)
     lines = read_predictions(tmp_path / "out")
     assert [line["id"] for line in lines] == [f"q{n}" for n in range(6)]
+    assert [line["images"] for line in lines] == [[f"images/{n // 2}.png"] for n in range(6)]
+    assert list(lines[0])[:3] == ["id", "question", "images"]
     assert summary == json.loads((tmp_path / "out" / SUMMARY).read_text())
     assert summary["correct"] == sum(line["parsed"] == line["answer"] for line in lines)
     assert summary["accuracy"] == summary["correct"] / 6
@@ -123,38 +126,94 @@ def test_equal_likelihoods_are_a_tie_and_wrong(model: Path, tmp_path: Path) -> N
 
 def test_a_picture_goes_through_the_tower_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    real = asking.encode_tiles
-    monkeypatch.setattr(asking, "encode_tiles", lambda m, tiles: passes.append(len(tiles)) or real(m, tiles))
-    go(model, write_data(tmp_path), tmp_path / "out", mode="likelihood", prompt="mcq")
-    assert len(passes) == 3
+    real = featuring.encode_tiles
+    monkeypatch.setattr(featuring, "encode_tiles", lambda m, tiles: passes.append(len(tiles)) or real(m, tiles))
+    monkeypatch.setattr(batching, "ROWS", 2)
+    data = write_data(tmp_path, items=12)
+    go(model, data, tmp_path / "out", mode="likelihood", prompt="mcq")
+    job = plan(str(model), data, tmp_path / "out")
+    assert sum(passes) == sum({record.images: sum(tiles) for record, tiles in zip(job.records, job.tiles, strict=True)}.values())
+    assert len(passes) < 6  # of the six batches, those whose pictures were still there ran no tower
 
 
-def test_a_stopped_evaluation_goes_on_and_ends_as_a_straight_one(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = write_data(tmp_path)
-    straight = go(model, data, tmp_path / "straight")
-    asked: list[str] = []
-    real = running.ask
+@pytest.mark.parametrize("mode", ["strict", "likelihood"])
+@pytest.mark.parametrize("lines", [1, 3, 4, 5, 9])
+def test_a_stopped_evaluation_goes_on_and_ends_as_a_straight_one(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, lines: int
+) -> None:
+    monkeypatch.setattr(batching, "ROWS", 4)
+    data = write_data(tmp_path, items=10)
+    towers: list[bytes] = []
+    tower = featuring.encode_tiles
+    monkeypatch.setattr(featuring, "encode_tiles", lambda m, tiles: towers.append(tiles.tobytes()) or tower(m, tiles))
+    straight = go(model, data, tmp_path / "straight", mode=mode)
+    together = set(towers)
+    real = running.append_prediction
+    written: list[str] = []
 
-    def stopping(loaded: Any, features: Any, record: Record, protocol: Any) -> Any:
-        if len(asked) == 3:
+    def stopping(out: Path, line: dict[str, Any]) -> None:
+        if len(written) == lines:  # in the middle of a batch, unless it is the 5th line
             raise KeyboardInterrupt
-        asked.append(record.id)
-        return real(loaded, features, record, protocol)
+        written.append(line["id"])
+        real(out, line)
 
-    monkeypatch.setattr(running, "ask", stopping)
+    monkeypatch.setattr(running, "append_prediction", stopping)
     told: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        go(model, data, tmp_path / "out", told=told)
-    assert "3 of 6" in told[-1]
+        go(model, data, tmp_path / "out", told=told, mode=mode)
+    assert f"{lines} of 10" in told[-1]
     assert not (tmp_path / "out" / SUMMARY).exists()
     with open(tmp_path / "out" / PREDICTIONS, "a") as file:
         file.write('{"id": "q3", "que')  # a crash in the middle of a line
-    monkeypatch.setattr(running, "ask", lambda *args: asked.append(args[2].id) or real(*args))
-    continued = go(model, data, tmp_path / "out")
-    assert asked == [f"q{n}" for n in range(6)]
+    monkeypatch.setattr(running, "append_prediction", lambda out, line: written.append(line["id"]) or real(out, line))
+    continued = go(model, data, tmp_path / "out", mode=mode)
+    assert sorted(written) == sorted(f"q{n}" for n in range(10))
     assert timeless(continued) == timeless(straight)
-    lines = [[timeless(line) for line in read_predictions(tmp_path / name)] for name in ("straight", "out")]
-    assert lines[0] == lines[1]
+    both = [[timeless(line) for line in read_predictions(tmp_path / name)] for name in ("straight", "out")]
+    assert both[0] == both[1]
+    assert [line["id"] for line in both[0]] == [f"q{n}" for n in range(10)]
+    assert set(towers) == together  # and never other pictures in a pass: rounding depends on it
+
+
+@pytest.mark.parametrize("mode", ["strict", "likelihood"])
+def test_batches_say_what_one_at_a_time_says(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    data = write_data(tmp_path, items=9)
+    go(model, data, tmp_path / "many", mode=mode, max_new_tokens=12)
+    monkeypatch.setattr(batching, "ROWS", 1)
+    go(model, data, tmp_path / "one", mode=mode, max_new_tokens=12)
+    for many, one in zip(read_predictions(tmp_path / "many"), read_predictions(tmp_path / "one"), strict=True):
+        if mode == "likelihood":
+            assert [s["sum"] for s in many.pop("scores")] == pytest.approx([s["sum"] for s in one.pop("scores")], abs=1e-5)
+        assert timeless(many) == timeless(one)
+
+
+@pytest.mark.parametrize(("mode", "told"), [("strict", "tokens"), ("likelihood", "tokens and a choice")])
+def test_an_item_beyond_the_context_is_named_and_leaves_no_folder(model: Path, tmp_path: Path, mode: str, told: str) -> None:
+    data = write_data(tmp_path, items=3)
+    room = 2048 - read_predictions_length(model, data, tmp_path)
+    length = room if mode == "strict" else room - 5
+    asked = Message("user", QUESTION + "x" * length)
+    record = Record("long", (asked, Message("assistant", "酸辣" + TAIL)), ("images/0.png",), ("酸辣", "甜"), 0)
+    with open(data, "a", encoding="utf-8") as file:
+        file.write(to_json(record) + "\n")
+    with pytest.raises(UserError, match=rf"data\.jsonl:4: item 'long': the prompt has \d+ {told}.*context is 2048"):
+        go(model, data, tmp_path / "out", mode=mode)
+    assert not (tmp_path / "out").exists()
+
+
+def read_predictions_length(model: Path, data: Path, folder: Path) -> int:
+    """Tokens of the first item's prompt."""
+    go(model, data, folder / "short", limit=1)
+    return int(read_predictions(folder / "short")[0]["prompt_tokens"])
+
+
+def test_a_damaged_picture_in_a_batch_is_named(model: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path)
+    picture = tmp_path / "images" / "1.png"
+    picture.write_bytes(picture.read_bytes()[:-60])
+    with pytest.raises(UserError, match=r"data\.jsonl:3: images/1\.png: the picture is damaged"):
+        go(model, data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_evaluation_is_read_not_repeated(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Prefill, next tokens and scores on a network: the few primitives that answers and evaluation are made of.
+"""Prefill, next tokens and scores of one prompt: the few primitives that answers are made of (`engine.batch`: of several).
 
 Greedy decoding gives the tokens of transformers' own `generate`. A prompt's keys and values are computed once and serve every
 continuation that is scored after it. Legend: S positions, V vocabulary, T tokens of a continuation.
@@ -41,15 +41,24 @@ def encode_tiles(model: Model, tiles_PHWC: np.ndarray) -> torch.Tensor:
     return torch.cat(parts)
 
 
+def context_of(model: Model) -> int:
+    """How many tokens a prompt and its answer may have together."""
+    return int(model.network.config.text_config.max_position_embeddings)
+
+
+def refuse_long(model: Model, tokens: int) -> None:
+    """Raise a UserError when a prompt of that many tokens leaves no room for an answer in the model's context."""
+    if tokens >= context_of(model):
+        raise UserError(
+            f"the prompt has {tokens} tokens; the model's context is {context_of(model)}",
+            "shorten the text, use fewer or smaller pictures, or lower the tiles",
+        )
+
+
 @torch.inference_mode()
 def prefill(model: Model, ids_S: np.ndarray, features: torch.Tensor | None) -> Prefilled:
     """Run a prompt through the network once. Raises: UserError when it is longer than the model's context."""
-    limit = model.network.config.text_config.max_position_embeddings
-    if len(ids_S) >= limit:
-        raise UserError(
-            f"the prompt has {len(ids_S)} tokens; the model's context is {limit}",
-            "shorten the text, use fewer or smaller pictures, or lower the tiles",
-        )
+    refuse_long(model, len(ids_S))
     ids_BS = torch.from_numpy(ids_S)[None].to(model.device)
     embedded = embed(model.network, ids_BS, features, model.network.config.image_token_id)
     cache = DynamicCache()
@@ -90,7 +99,7 @@ def generate(model: Model, start: Prefilled, sampling: Sampling) -> Iterator[int
     else:
         generator.seed()
     stops = set(model.stop_ids)
-    room = model.network.config.text_config.max_position_embeddings - start.length
+    room = context_of(model) - start.length
     logits_V = start.logits_V
     for made in range(1, min(sampling.max_new_tokens, room) + 1):
         if sampling.temperature <= 0:

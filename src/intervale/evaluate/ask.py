@@ -1,33 +1,31 @@
-"""One item to one line of predictions.jsonl: ask the model, score what it says.
+"""Items to lines of predictions.jsonl: ask the model a batch of them, score what it says.
 
 Promises: answers are greedy and likelihoods exact, so the same model, data and software give the same lines (but for their
-times); a picture goes through the vision tower once while it stays among the last few; an item is asked whole or refused by name.
-Cost an item: one prefill, then a decoding step a token (strict, official) or one short pass a choice (likelihood).
+times); an item is asked whole or refused by name. Cost a batch: one prefill, then a decoding step a token of its longest answer
+(strict, official) or one short pass a choice (likelihood).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from intervale.core.errors import UserError
-from intervale.core.files import inside
 from intervale.core.records import Record
-from intervale.data.dataset import TileCache
 from intervale.data.prompt import encode_turns, turns_of
-from intervale.engine.api import Sampling
-from intervale.engine.decode import Prefilled, encode_tiles, generate, prefill, score_continuations
+from intervale.engine.batch import generate_batch, prefill_batch, score_batch
+from intervale.engine.decode import context_of, refuse_long
+from intervale.evaluate.batches import Question
+from intervale.evaluate.features import Features
 from intervale.evaluate.prompts import continuations, messages_for
 from intervale.evaluate.score import match_choice, most_likely, parse_letter, parse_official
 from intervale.model.load import Model
-
-_KEPT_PICTURES = 16  # 13 tiles of InternVL2-2B's features are 14 MB in bfloat16
 
 
 @dataclass(frozen=True)
@@ -41,39 +39,39 @@ class Protocol:
     headline: str | None  # of likelihood: which of a choice's scores decides
 
 
-class Features:
-    """Projected features of the last few pictures, by file."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._tiles = TileCache(0)  # what is kept are the features; the tiles they came from are not needed again
-        self._held: OrderedDict[str, torch.Tensor] = OrderedDict()
-
-    def of(self, record: Record, image: str) -> torch.Tensor:
-        """(tiles, tokens a tile, width) of a record's picture. Raises: UserError when it cannot be read."""
-        key = str(inside(record.root, image, record.where))
-        if key not in self._held:
-            self._held[key] = encode_tiles(self._model, self._tiles.tiles(record, image, self._model.tiling))
-            while len(self._held) > _KEPT_PICTURES:
-                self._held.popitem(last=False)
-        self._held.move_to_end(key)
-        return self._held[key]
-
-
-def _prefilled(model: Model, features: Features, record: Record, prompt: str) -> Prefilled:
-    parts = [features.of(record, image) for image in record.images]
-    counts = [part.shape[0] * part.shape[1] for part in parts]
-    turns = turns_of(messages_for(record, prompt), counts)
+def _prompt_ids(model: Model, record: Record, prompt: str, picture_tokens: Sequence[int]) -> np.ndarray:
+    """The prompt's ids. Raises: UserError naming the item when it does not fit the model's context."""
+    turns = turns_of(messages_for(record, prompt), picture_tokens)
     ids_S = encode_turns(turns, model.template, model.tokenizer, answer_next=True).ids_S
     try:
-        return prefill(model, ids_S, torch.cat(parts) if parts else None)
+        refuse_long(model, len(ids_S))
     except UserError as error:
         raise UserError(f"{record.where}: item {record.id!r}: {error.what}", "lower the tiles a picture with --max-tiles") from error
+    return ids_S
 
 
-def _greedy(model: Model, start: Prefilled, record: Record, protocol: Protocol) -> dict[str, Any]:
-    assert protocol.max_new_tokens is not None
-    ids = list(generate(model, start, Sampling(max_new_tokens=protocol.max_new_tokens)))
+def question_of(model: Model, record: Record, tiles: Sequence[int], protocol: Protocol) -> Question:
+    """An item as it will be asked, its pictures having that many tiles each by their headers.
+
+    Raises: UserError naming the item when prompt and choices do not fit the model's context.
+    """
+    counts = [n * model.tiling.tokens_per_tile for n in tiles]
+    tokens = len(_prompt_ids(model, record, protocol.prompt, counts))
+    room = context_of(model) - tokens
+    if protocol.mode != "likelihood":
+        assert protocol.max_new_tokens is not None
+        return Question(record, tokens, sum(counts), min(protocol.max_new_tokens, room))
+    asked = continuations(record, protocol.prompt, model.tokenizer, model.template, model.tokenizer.decode)
+    longest = max(map(len, asked))
+    if longest > room:
+        raise UserError(
+            f"{record.where}: item {record.id!r}: the prompt has {tokens} tokens and a choice {longest}; the model's context is {context_of(model)}",
+            "lower the tiles a picture with --max-tiles",
+        )
+    return Question(record, tokens, sum(counts), longest, tuple(map(tuple, asked)))
+
+
+def _greedy(model: Model, ids: list[int], record: Record, protocol: Protocol) -> dict[str, Any]:
     stopped = bool(ids) and ids[-1] in model.stop_ids
     raw = model.tokenizer.decode(ids[:-1] if stopped else ids)
     if protocol.prompt == "open":
@@ -85,9 +83,7 @@ def _greedy(model: Model, start: Prefilled, record: Record, protocol: Protocol) 
     return {"raw": raw, "finish": "stop" if stopped else "length", "parsed": parsed, "tokens": len(ids)}
 
 
-def _likelihood(model: Model, start: Prefilled, record: Record, protocol: Protocol) -> dict[str, Any]:
-    asked = continuations(record, protocol.prompt, model.tokenizer, model.template, model.tokenizer.decode)
-    scored = score_continuations(model, start, asked)
+def _likelihood(scored: list[list[float]], record: Record) -> dict[str, Any]:
     sums = [math.fsum(values) for values in scored]
     means = [total / len(values) for total, values in zip(sums, scored, strict=True)]
     if not all(map(math.isfinite, sums)):
@@ -102,27 +98,48 @@ def _likelihood(model: Model, start: Prefilled, record: Record, protocol: Protoc
     }
 
 
-def ask(model: Model, features: Features, record: Record, protocol: Protocol) -> dict[str, Any]:
-    """The item's line of predictions.jsonl. `parsed` is None when nothing was recognised, or (likelihood) on a tie.
+def ask(model: Model, features: Features, number: int, protocol: Protocol) -> list[dict[str, Any]]:
+    """The lines of predictions.jsonl of batch `number` of `features`.
 
-    Raises: UserError naming the item when a picture cannot be read or the prompt does not fit the model's context.
+    `parsed` is None when nothing was recognised, or (likelihood) on a tie. Each line has an equal share of the batch's time.
+    Raises: UserError naming the item when a picture cannot be read, its prompt does not fit the model's context, or its scores
+    are not numbers.
     """
     began = time.perf_counter()
-    start = _prefilled(model, features, record, protocol.prompt)
-    found = (_likelihood if protocol.mode == "likelihood" else _greedy)(model, start, record, protocol)
-    return {
-        "id": record.id,
-        "question": record.question(),
-        "choices": list(record.choices),
-        "answer": record.answer,
-        "prompt": protocol.prompt,
-        "mode": protocol.mode,
-        **found,
-        "correct": found["parsed"] == record.answer,
-        "prompt_tokens": start.length,
-        "seconds": round(time.perf_counter() - began, 4),
-        "tags": record.tags,
-    }
+    batch, of = features.batches[number], features.of(number)
+    prompts, joined = [], []
+    for question in batch:
+        parts = [of[picture] for picture in question.pictures()]
+        # Counted again, from what was decoded: a file may have changed since its header was read.
+        prompts.append(_prompt_ids(model, question.record, protocol.prompt, [part.shape[0] * part.shape[1] for part in parts]))
+        joined.append(torch.cat(parts) if parts else None)
+    start = prefill_batch(model, prompts, joined)
+    records = [question.record for question in batch]
+    if protocol.mode == "likelihood":
+        scored = score_batch(model, start, [question.continuations for question in batch])
+        found = [_likelihood(values, record) for values, record in zip(scored, records, strict=True)]
+    else:
+        assert protocol.max_new_tokens is not None
+        answers = generate_batch(model, start, protocol.max_new_tokens)
+        found = [_greedy(model, ids, record, protocol) for ids, record in zip(answers, records, strict=True)]
+    seconds = round((time.perf_counter() - began) / len(batch), 4)
+    return [
+        {
+            "id": record.id,
+            "question": record.question(),
+            "images": list(record.images),
+            "choices": list(record.choices),
+            "answer": record.answer,
+            "prompt": protocol.prompt,
+            "mode": protocol.mode,
+            **told,
+            "correct": told["parsed"] == record.answer,
+            "prompt_tokens": length,
+            "seconds": seconds,
+            "tags": record.tags,
+        }
+        for record, told, length in zip(records, found, start.lengths, strict=True)
+    ]
 
 
 def refuse_unscorable(records: Sequence[Record], where: str, prompt: str) -> None:

@@ -1,7 +1,7 @@
 """An evaluation's folder: protocol.json first, predictions.jsonl as it goes, summary.json last. No torch here.
 
 Promises: what is written stays, a line at a time; a folder without summary.json can be continued by exactly the run that began
-it; a summary is a function of the lines alone. Cost: one small append an item.
+it; a summary is a function of the lines alone. Cost: one small append an item, and one write of all when they are complete.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from intervale.core.errors import UserError
-from intervale.core.files import disk_errors, parse_json, read_json, read_object, read_text, set_aside, write_json
+from intervale.core.files import disk_errors, parse_json, read_json, read_object, read_text, set_aside, write_atomic, write_json
 from intervale.core.lang import say
 from intervale.core.runlog import differences
 
@@ -70,7 +70,22 @@ def append_prediction(folder: Path, line: dict[str, Any]) -> None:
     """Add one line and hand it to the operating system. Raises: UserError on a full disk."""
     path = folder / PREDICTIONS
     with disk_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        file.write(_as_text(line))
+
+
+def in_order(folder: Path, ids: Sequence[str]) -> list[dict[str, Any]]:
+    """The predictions of exactly these ids in this order, which the file has from now on (items are asked in another)."""
+    lines = read_predictions(folder)
+    by_id = {line["id"]: line for line in lines}
+    assert set(by_id) == set(ids)
+    ordered = [by_id[name] for name in ids]
+    if ordered != lines:
+        write_atomic(folder / PREDICTIONS, "".join(map(_as_text, ordered)))
+    return ordered
+
+
+def _as_text(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_evaluation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

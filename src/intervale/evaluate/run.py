@@ -1,7 +1,8 @@
-"""`evaluate`: every item asked once, written as it comes, summed up at the end.
+"""`evaluate`: every item asked once, in batches, written as they come, summed up at the end.
 
 Promises: an evaluation that was stopped goes on where it stopped and ends with the summary of a straight run (but for its times);
-nothing is mixed that differs in protocol, model or data; no item is skipped. Cost: loading the model, then `ask` an item.
+nothing is mixed that differs in protocol, model or data; no item is skipped. Cost: loading the model, then `ask` a batch; a batch
+that was stopped half-way is asked again whole, and only what is missing is written.
 """
 
 from __future__ import annotations
@@ -21,11 +22,22 @@ from intervale.core.records import Record, data_digest, read_records
 from intervale.core.runlog import versions
 from intervale.data.images import picture_size
 from intervale.data.tiling import Tiling
-from intervale.evaluate.ask import Features, Protocol, ask, refuse_unscorable
-from intervale.evaluate.folder import SUMMARY, append_prediction, begin, open_folder, positions, read_evaluation, read_predictions
+from intervale.evaluate.ask import Protocol, ask, question_of, refuse_unscorable
+from intervale.evaluate.batches import batches_of
+from intervale.evaluate.features import Features
+from intervale.evaluate.folder import (
+    SUMMARY,
+    append_prediction,
+    begin,
+    in_order,
+    open_folder,
+    positions,
+    read_evaluation,
+    read_predictions,
+)
 from intervale.evaluate.provenance import model_identity, scored_on_training_items
 from intervale.evaluate.statistics import wilson
-from intervale.model.load import as_device, as_dtype, load_model, load_text_side, narrow, resolve_model
+from intervale.model.load import Model, as_device, as_dtype, load_model, load_text_side, narrow, resolve_model
 
 Tell = Callable[[str], None]
 _EVERY = 3.0  # seconds between two lines of progress
@@ -34,12 +46,13 @@ PROMPTS, MODES = ("open", "mcq"), ("strict", "likelihood", "official")
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked evaluation: what will be asked of which model, and where it goes."""
+    """A checked evaluation: what will be asked of which model, and where it goes. `tiles`: of each record's pictures."""
 
     name: str
     folder: Path
     data: Path
     records: tuple[Record, ...]
+    tiles: tuple[tuple[int, ...], ...]
     protocol: Protocol
     tiling: Tiling
     device: str
@@ -89,15 +102,26 @@ def plan(
     _refuse_modes(prompt, mode)
     records = read_records(data)[:limit]
     refuse_unscorable(records, str(data), prompt)
-    for record in records:
-        for image in record.images:
-            picture_size(inside(record.root, image, record.where), f"{record.where}: {image}")
+    sizes = _picture_sizes(records)
     tiling = narrow(load_text_side(model).tiling, None, max_tiles)
+    tiles = tuple(tuple(tiling.tiles_of(*size) for size in own) for own in sizes)
     device = str(as_device(device))
     dtype = as_dtype(precision) if precision != "auto" else torch.bfloat16 if device.startswith("cuda") else torch.float32
     likely = mode == "likelihood"
     protocol = Protocol(prompt, mode, None if likely else max_new_tokens, tiling.max_tiles, "sum" if likely else None)
-    return Plan(model, resolve_model(model), data, tuple(records), protocol, tiling, device, dtype, out)
+    return Plan(model, resolve_model(model), data, tuple(records), tiles, protocol, tiling, device, dtype, out)
+
+
+def _picture_sizes(records: Sequence[Record]) -> list[list[tuple[int, int]]]:
+    """(width, height) of each record's pictures; a file is opened once. Raises: UserError for one that cannot be used."""
+    known: dict[Path, tuple[int, int]] = {}
+    sizes = []
+    for record in records:
+        paths = [inside(record.root, image, record.where) for image in record.images]
+        for path, image in zip(paths, record.images, strict=True):
+            known[path] = known[path] if path in known else picture_size(path, f"{record.where}: {image}")
+        sizes.append([known[path] for path in paths])
+    return sizes
 
 
 def evaluate(job: Plan, *, fresh: bool, tell: Tell) -> dict[str, Any]:
@@ -116,30 +140,39 @@ def _evaluate(job: Plan, fresh: bool, tell: Tell) -> dict[str, Any]:
         tell(say(f"{job.out}: already evaluated; --fresh would start over", f"{job.out}：已评测过；--fresh 可重新开始"))
         return read_evaluation(job.out)[0]
     done = {line["id"]: line for line in read_predictions(job.out)}
-    left = [record for record in job.records if record.id not in done]
     if done:
         tell(say(f"continuing: {len(done)} of {len(job.records)} items are done", f"继续：{len(job.records)} 条中已完成 {len(done)} 条"))
-    if left:
+    if len(done) < len(job.records):
         model = load_model(job.folder, dtype=job.dtype, device=job.device, max_tiles=job.protocol.max_tiles)
-        features = Features(model)
-        progress = _Progress(len(job.records), sum(line["correct"] for line in done.values()), len(done), tell)
-        try:
-            for record in left:
-                line = ask(model, features, record, job.protocol)
-                if state == "new":
-                    begin(job.out, identity)  # only now: a model or picture that fails at once leaves no folder behind
-                    state = "resume"
-                append_prediction(job.out, line)
-                progress.step(line["correct"])
-        except KeyboardInterrupt:
-            tell(say(f"stopped after {progress.done} of {len(job.records)} items; the same command continues",
-                     f"已停止：完成 {progress.done} / {len(job.records)} 条；再次运行同一命令即可继续"))  # fmt: skip
-            raise
+        _ask_rest(job, model, identity, state, done, tell)
     # Read back, so that a straight run and a continued one sum up the very same numbers.
-    by_id = {line["id"]: line for line in read_predictions(job.out)}
-    summary = summarise([by_id[record.id] for record in job.records]) | _about(job, identity)
+    lines = in_order(job.out, [record.id for record in job.records])
+    summary = summarise(lines) | _about(job, identity)
     write_json(job.out / SUMMARY, summary)
     return summary
+
+
+def _ask_rest(job: Plan, model: Model, identity: dict[str, Any], state: str, done: dict[str, dict[str, Any]], tell: Tell) -> None:
+    """Ask every batch that is not all on file, and write the lines that are missing."""
+    batches = batches_of([question_of(model, record, own, job.protocol) for record, own in zip(job.records, job.tiles, strict=True)])
+    features = Features(model, batches)
+    progress = _Progress(len(job.records), sum(line["correct"] for line in done.values()), len(done), tell)
+    try:
+        for number, batch in enumerate(batches):
+            if all(question.record.id in done for question in batch):
+                continue
+            lines = ask(model, features, number, job.protocol)
+            if state == "new":
+                begin(job.out, identity)  # only now: a model or picture that fails at once leaves no folder behind
+                state = "resume"
+            for line in lines:
+                if line["id"] not in done:
+                    append_prediction(job.out, line)
+                    progress.step(line["correct"])
+    except KeyboardInterrupt:
+        tell(say(f"stopped after {progress.done} of {len(job.records)} items; the same command continues",
+                 f"已停止：完成 {progress.done} / {len(job.records)} 条；再次运行同一命令即可继续"))  # fmt: skip
+        raise
 
 
 class _Progress:
