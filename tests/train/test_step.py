@@ -44,7 +44,7 @@ def gradients(
         cost = estimate(network, chosen, torch.float32, 100, 4)
         assert choose_checkpointing(network, chosen, cost, torch.device("cpu"))
     bounds = np.cumsum([0, *sizes])
-    batches = [collate(items[a:b]) for a, b in itertools.pairwise(bounds)]
+    batches = [collate(items[a:b], keyed=True) for a, b in itertools.pairwise(bounds)]
     compute = Compute(torch.float32, torch.device("cpu"), text_side(tiny).tokenizer.control("<IMG_CONTEXT>"), {} if keep else None)
     targets = sum(batch.targets for batch in batches)
     for _ in range(2 if keep else 1):  # the second pass takes every feature from memory

@@ -23,6 +23,9 @@ class UserError(Exception):
     def __str__(self) -> str:
         return f"{self.what}\n  fix: {self.fix}"
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:
+        return type(self), (self.what, self.fix)  # so that it can come from another process
+
 
 class OutsideError(UserError):
     """A part outside intervale failed: a hub, a server, a missing optional package."""

@@ -33,6 +33,8 @@ INTERNLM2_SPECIALS = {
 }
 _INTERNLM2_BASE = 92544
 _QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Headers, system text and stock questions come again in every item: they are encoded once.
+_SHORT, _MOST_KNOWN = 200, 20_000  # characters; texts
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids, no `<s>`; `<|im_end|>` and its kind in `text` stay text."""
+        known = self._known.get(text)
+        if known is not None:
+            return list(known)
         try:
-            return self._plain.encode(text, add_special_tokens=False).ids
+            ids = self._plain.encode(text, add_special_tokens=False).ids
         except TypeError as error:  # half of a surrogate pair: bytes that were not UTF-8
             raise UserError(f"the text is not valid Unicode: {text[:60]!r}", "write it as UTF-8") from error
+        if len(text) <= _SHORT and len(self._known) < _MOST_KNOWN:
+            self._known[text] = tuple(ids)
+        return ids
 
     def control(self, token: str) -> int:
         """The id of a control token. Raises: UserError when the vocabulary lacks it."""
@@ -73,6 +81,10 @@ class Tokenizer:
     def size(self) -> int:
         """Pieces and added tokens together."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def _known(self) -> dict[str, tuple[int, ...]]:
+        return {}
 
     @cached_property
     def _plain(self) -> Backend:

@@ -20,6 +20,7 @@ from intervale.core.files import read_object, set_aside, write_json
 from intervale.core.lang import say
 from intervale.core.records import Record, data_digest, read_records
 from intervale.core.runlog import differences, read_metrics, versions
+from intervale.core.spread import spread
 from intervale.data.dataset import Size, measure
 from intervale.data.images import PictureError
 from intervale.model.adapt import checkpoint_of, newest_checkpoint
@@ -72,18 +73,16 @@ class Job:
 
 def _measure_all(records: list[Record], side: TextSide, max_length: int, skip: bool) -> list[Size]:
     """Every item's size; all faults at once. With `skip` an unreadable picture is left for the loading to list."""
-    sizes: list[Size] = []
-    faults: list[UserError] = []
-    for record in records:
+
+    def one(record: Record) -> Size | UserError:
         try:
-            sizes.append(measure(record, side.tokenizer, side.template, side.tiling, max_length))
-        except PictureError as error:
-            if skip:
-                sizes.append(Size(0, 0, 0))
-            else:
-                faults.append(error)
+            return measure(record, side.tokenizer, side.template, side.tiling, max_length)
         except UserError as error:
-            faults.append(error)
+            return Size(0, 0, 0) if skip and isinstance(error, PictureError) else error
+
+    found = spread(one, records)
+    sizes = [size for size in found if isinstance(size, Size)]
+    faults = [error for error in found if isinstance(error, UserError)]
     if faults:
         if len(faults) == 1:
             raise faults[0]

@@ -28,7 +28,7 @@ from intervale.core.runlog import append_metrics, forget_after
 from intervale.data.dataset import Item, TileCache, load_item, step_items
 from intervale.data.images import PictureError
 from intervale.train import job as jobs
-from intervale.train.batches import Batch, collate, load_ahead
+from intervale.train.batches import Batch, Loaded, collate, load_ahead, load_step
 from intervale.train.job import Job
 from intervale.train.parallel import World, join_world, leave_world, sum_gradients, sum_values, wait
 from intervale.train.plot import draw_losses
@@ -67,7 +67,6 @@ class _Loop:
     progress: Progress
     stop: int | None = None
     skipped: set[str] = field(default_factory=set)
-    listing: threading.Lock = field(default_factory=threading.Lock)  # loading threads write skipped.jsonl in turn
 
 
 def train(recipe: TrainRecipe, name: str, *, resume: bool, fresh: bool, dry_run: bool, tell: jobs.Tell) -> Outcome:
@@ -206,44 +205,42 @@ def _signals(loop: _Loop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _load(loop: _Loop, index: int) -> Item | None:
+def _list_bad(loop: _Loop, bad: list[tuple[str, UserError]]) -> None:
+    """What could not be read stops the run, or (`on_bad_sample: skip`) is listed once in skipped.jsonl while it is a small share."""
     job = loop.job
-    record = job.train[index]
-    try:
-        return load_item(record, job.side.tokenizer, job.side.template, job.side.tiling, loop.cache)
-    except PictureError as error:
-        if job.recipe.data.on_bad_sample == "fail":
-            raise
-        with loop.listing:
-            if record.id not in loop.skipped:
-                loop.skipped.add(record.id)
-                path = job.folder / "skipped.jsonl"
-                with disk_errors(path), open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"id": record.id, "why": error.what}, ensure_ascii=False) + "\n")
+    for name, error in bad:
+        if job.recipe.data.on_bad_sample == "fail" or not isinstance(error, PictureError):
+            raise error
+        if name not in loop.skipped:
+            loop.skipped.add(name)
+            path = job.folder / "skipped.jsonl"
+            with disk_errors(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"id": name, "why": error.what}, ensure_ascii=False) + "\n")
         if len(loop.skipped) > max(1, _BAD_SHARE * len(job.train)):
             raise UserError(
                 f"{len(loop.skipped)} items cannot be read; the last: {error.what}", "run `intervale check` on the data"
             ) from error
-        return None
-
-
-def _micro_batches(items: list[Item], size: int) -> list[Batch]:
-    return [collate(items[at : at + size]) for at in range(0, len(items), size)]
 
 
 def _steps(loop: _Loop) -> None:
     job, world, recipe = loop.job, loop.world, loop.job.recipe
 
-    def share(number: int) -> list[int]:
-        order = step_items(len(job.train), job.per_step * world.size, recipe.train.seed, number)
-        return [int(index) for index in order[world.rank :: world.size]]
+    ids = [record.id for record in job.train]
+    keyed, processes = loop.compute.kept is not None, world.device.type == "cuda"
 
-    shares = (share(number) for number in range(loop.progress.step, loop.total))
+    def load(index: int) -> Item:
+        return load_item(job.train[index], job.side.tokenizer, job.side.template, job.side.tiling, loop.cache)
+
+    def step(number: int) -> Loaded:
+        order = step_items(len(job.train), job.per_step * world.size, recipe.train.seed, number)
+        return load_step(ids, load, [int(i) for i in order[world.rank :: world.size]], recipe.train.batch_size, keyed)
+
     last_plot = last_tell = time.monotonic()
     started, done = time.monotonic(), loop.progress.step
     set_modes(loop.network, recipe, True)
-    for items in load_ahead(shares, lambda index: _load(loop, index), recipe.data.workers):
-        entry = _one_step(loop, items)
+    for loaded in load_ahead(step, loop.progress.step, loop.total, recipe.data.workers, processes):
+        _list_bad(loop, loaded.bad)
+        entry = _one_step(loop, loaded.batches)
         if world.first:
             append_metrics(job.folder, entry)
             now = time.monotonic()
@@ -265,12 +262,11 @@ def _asked_to_stop(loop: _Loop) -> bool:
     return loop.stop is not None
 
 
-def _one_step(loop: _Loop, items: list[Item]) -> dict[str, Any]:
+def _one_step(loop: _Loop, batches: list[Batch]) -> dict[str, Any]:
     recipe, world = loop.job.recipe.train, loop.world
     begun = time.monotonic()
     step = loop.progress.step
     torch.manual_seed((recipe.seed * 1_000_003 + step) * world.size + world.rank)  # dropout: a function of seed and step
-    batches = _micro_batches(items, recipe.batch_size)
     targets = int(sum_values(world, [float(sum(batch.targets for batch in batches))])[0])
     rate = learning_rate(step, loop.total, recipe.learning_rate, recipe.warmup_ratio, recipe.schedule)
     norm = 0.0

@@ -7,7 +7,6 @@ sums are divided once, by the step's own count. Legend: B samples, S positions, 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -51,9 +50,8 @@ def _features(network: InternVLForConditionalGeneration, batch: Batch, compute: 
         tower = tower_features(network, normalise(batch.tiles_PHWC, compute.dtype))
     else:
         parts = []
-        for tiles in batch.tiles_PHWC.split(list(batch.tiles_of)):
+        for key, tiles in zip(batch.tile_keys, batch.tiles_PHWC.split(list(batch.tiles_of)), strict=True):
             if len(tiles):
-                key = hashlib.blake2b(tiles.cpu().numpy().tobytes(), digest_size=16).digest()
                 if key not in compute.kept:
                     with torch.no_grad():
                         compute.kept[key] = tower_features(network, normalise(tiles, compute.dtype)).cpu()
@@ -95,4 +93,4 @@ def _count(sums: Sums, batch: Batch, losses_N: torch.Tensor, correct_N: torch.Te
     sums.correct += int(correct_N.sum())
     sums.targets += len(losses_N)
     sums.positions += int(batch.ids_BS.numel() if batch.mask_BS is None else batch.mask_BS.sum())
-    sums.samples += len(batch.keys)
+    sums.samples += len(batch.ids)
