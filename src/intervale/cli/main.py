@@ -23,6 +23,7 @@ from intervale.cli.export import export
 from intervale.cli.info import info
 from intervale.cli.init import init
 from intervale.cli.output import note
+from intervale.cli.quickstart import quickstart
 from intervale.cli.train import train
 from intervale.core.errors import UserError
 from intervale.core.lang import say, set_language
@@ -36,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(prepare.app, name="prepare")
-for command in (check, train, evaluate, compare, export, chat, init, convert, info, doctor):
+for command in (quickstart, check, train, evaluate, compare, export, chat, init, convert, info, doctor):
     app.command()(command)
 
 

@@ -50,8 +50,7 @@ def _vit(hidden: int, layers: int, heads: int, image_size: int) -> dict[str, Any
 # name -> (vision, language, template, max tiles, context, stored type, vocabulary or None: the tokenizer's own size)
 PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any], str, int, int, str, int | None]] = {
     "tiny": (_vit(64, 2, 2, 56), _internlm2(64, 128, 2, 4, 2), "internlm2-chat", 4, 2048, "float32", None),
-    "nano": (_vit(256, 5, 4, 112), _internlm2(256, 512, 3, 4, 2), "internlm2-chat", 6, 4096, "float32", None),
-    "nanob": (_vit(192, 8, 3, 112), _internlm2(256, 512, 4, 4, 2), "internlm2-chat", 6, 4096, "float32", None),
+    "nano": (_vit(192, 8, 3, 112), _internlm2(256, 512, 4, 4, 2), "internlm2-chat", 6, 4096, "float32", None),
     "internvl2-1b": (_VIT_300M, _QWEN2_0_5B, "Hermes-2", 12, 32768, "bfloat16", 151655),
     "internvl2-2b": (_VIT_300M, _INTERNLM2_1_8B, "internlm2-chat", 12, 32768, "bfloat16", 92553),
 }

@@ -1,0 +1,194 @@
+"""`intervale quickstart`: the whole journey on what is in the package, `nano` and `foodemoji`; no network, no GPU, a few minutes.
+
+Promises: every step is the command a user would call (recipe.yaml and the folders are theirs to look into); a stopped one goes on
+where it stopped, a finished one only says what it found. Cost: about 1 GiB of memory.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from intervale.cli.output import note, result, safe
+from intervale.core.errors import UserError
+from intervale.core.lang import say
+
+if TYPE_CHECKING:
+    from intervale.train.recipe import TrainRecipe
+
+MARK = "quickstart.json"
+MODES = ("strict", "likelihood")
+_SHOWN = 6
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for everything; the same command continues or repeats what it found.")] = Path("quickstart"),
+    seed: Annotated[int, typer.Option(min=0, help="Another order of the data and other fresh LoRA matrices.")] = 42,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; an earlier one is kept beside as NAME.old-1.")] = False,
+) -> None:
+    """See it work: score the embedded model on food drawings, tune it, score it again on artists it never saw, write a report."""
+    found = _open(out, seed, fresh)
+    if found.get("status") != "done":
+        begun = time.monotonic()
+        recipe = _prepare(out, seed)
+        _evaluate(recipe.model, recipe, out, "before")
+        _train(recipe, out)
+        _export(out)
+        _evaluate(str(out / "tuned"), recipe, out, "after")
+        found = _compare(out) | {"kind": "intervale quickstart", "status": "done", "seed": seed}
+        found |= {"seconds": round(time.monotonic() - begun, 1), "peak_gib": round(_peak(), 2)}
+        _mark(out, found)
+    for line in _told(out, found):
+        result(safe(line))
+
+
+def _open(out: Path, seed: int, fresh: bool) -> dict[str, Any]:
+    """What an earlier quickstart in `out` left; marks the folder as ours before anything else is written."""
+    from intervale.core.files import read_object, set_aside
+
+    begin: dict[str, Any] = {"kind": "intervale quickstart", "status": "running", "seed": seed}
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not (out / MARK).is_file():
+            raise UserError(f"{out} exists and is not a quickstart", "choose another folder with --out, or remove it")
+        found = read_object(out / MARK, "kind", "status", "seed")
+        if not fresh:
+            if found["seed"] != seed:
+                raise UserError(f"{out} was made with seed {found['seed']}, not {seed}", "give another --out, or --fresh to start over")
+            return found
+        note(say(f"the earlier one is kept as {set_aside(out)}", f"先前的结果保留在 {out} 旁"))
+    _mark(out, begin)
+    return begin
+
+
+def _mark(out: Path, value: dict[str, Any]) -> None:
+    from intervale.core.files import write_json
+
+    write_json(out / MARK, value)
+
+
+def _step(number: int, english: str, chinese: str) -> None:
+    note(f"\n[{number}/6] " + say(english, chinese))
+
+
+def _prepare(out: Path, seed: int) -> TrainRecipe:
+    """The data folder, and the recipe as OUT/recipe.yaml; both only once."""
+    import yaml
+
+    from intervale.cli.prepare import foodieqa
+    from intervale.core.config import load_recipe
+    from intervale.core.embedded import ASSETS
+    from intervale.core.files import write_atomic
+    from intervale.train.recipe import TrainRecipe
+
+    _step(1, "the data: food drawn by seven artists, two of them only for testing", "数据：七位画师画的食物，其中两位只用于测试")
+    if not (out / "data").is_dir():
+        foodieqa(Path("foodemoji"), out / "data", question_language="both", eval_fraction=None)
+    paths = [f"{key}={json.dumps(str(out / place))}" for key, place in _PLACES]
+    recipe = load_recipe(ASSETS / "quickstart.yaml", TrainRecipe, [*paths, f"train.seed={seed}"])
+    write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True))
+    return recipe
+
+
+_PLACES = (("out", "run"), ("data.train", "data/train.jsonl"), ("data.eval", "data/eval.jsonl"))
+
+
+def _evaluate(model: str, recipe: TrainRecipe, out: Path, name: str) -> None:
+    """The greedy answer must name the right choice (strict), and the most likely choice, each into a folder of its own."""
+    from intervale.evaluate.run import evaluate, plan
+
+    if name == "before":
+        _step(2, "the score before: the model as it is", "训练前的成绩：原始模型")
+    else:
+        _step(5, "the score after: the exported model, the same questions", "训练后的成绩：导出的模型，同样的题目")
+    assert recipe.data.eval is not None
+    for mode in MODES:
+        job = plan(model, Path(recipe.data.eval), out / f"{name}-{mode}", mode=mode, max_new_tokens=24, max_tiles=recipe.data.max_tiles)
+        summary = evaluate(job, fresh=False, tell=note)
+        note(f"  {mode}: {summary['accuracy']:.1%}  [{summary['interval'][0]:.1%}, {summary['interval'][1]:.1%}]  n={summary['n']}")
+
+
+def _train(recipe: TrainRecipe, out: Path) -> None:
+    from intervale.train.loop import train
+
+    _step(3, "tuning: LoRA on the language model, on the other five artists' drawings", "训练：在另外五位画师的图上做 LoRA")
+    begun = (out / "run" / "run.json").is_file()
+    outcome = train(recipe, "quickstart", resume=begun, fresh=False, dry_run=False, tell=_brief)
+    if outcome.exit_code:
+        sys.exit(outcome.exit_code)
+
+
+def _brief(text: str) -> None:
+    """Progress of the training without its hints for the next command: quickstart gives its own."""
+    if not text.startswith("  intervale "):
+        note("  " + text)
+
+
+def _export(out: Path) -> None:
+    from intervale.export.export import export
+
+    _step(4, "export: merged into one plain model folder, reloaded and compared", "导出：合并成一个普通的模型目录，重新载入并比较")
+    if not (out / "tuned").is_dir():
+        export(out / "run", out / "tuned", "hf", dtype=None, tell=lambda text: note("  " + text))
+
+
+def _compare(out: Path) -> dict[str, Any]:
+    """Write report.html and report.json; what the mark keeps of them."""
+    from intervale.evaluate.compare import compare, write_report
+
+    _step(6, "the report", "报告")
+    strict, likelihood = (compare(out / f"before-{mode}", out / f"after-{mode}") for mode in MODES)
+    write_report(strict, out, likelihood)
+    kept = ("n", "pairs", "difference", "mcnemar")
+    sides = {name: {mode: told[name]["accuracy"] for mode, told in zip(MODES, (strict, likelihood), strict=True)} for name in ("before", "after")}
+    examples = _examples(strict)
+    return {key: strict[key] for key in kept} | {"accuracy": sides, "examples": examples}
+
+
+def _examples(found: dict[str, Any]) -> list[dict[str, str]]:
+    """A few items, evenly over what was fixed, and one of what is still wrong: each picture once."""
+    keys = ("question", "right", "before", "after")
+    fixed, wrong = found["fixed"], found["both_wrong"] + found["broken"]
+    chosen = [fixed[at * len(fixed) // (_SHOWN - 1)] for at in range(_SHOWN - 1)] if len(fixed) >= _SHOWN else fixed
+    return [{key: str(item[key]) for key in keys} | {"picture": item["images"][0]} for item in [*chosen, *wrong[:1]]]
+
+
+def _peak() -> float:
+    from resource import RUSAGE_SELF, getrusage
+
+    return getrusage(RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _told(out: Path, found: dict[str, Any]) -> list[str]:
+    """What a finished quickstart says: the number, some answers, and where to go from here."""
+    before, after = found["accuracy"]["before"], found["accuracy"]["after"]
+    pairs, (low, high) = found["pairs"], found["difference"]["interval"]
+    lines = [""]
+    for item in found["examples"]:
+        lines += [
+            f"{out / 'data' / item['picture']}",
+            f"  {item['question']}  ({say('right', '正确')}: {item['right']})",
+            f"    {say('before', '训练前')}: {item['before'] or '-'}",
+            f"    {say('after', '训练后')}:  {item['after'] or '-'}",
+        ]
+    lines += [
+        "",
+        say(f"on drawings of two artists it never trained on, {found['n']} questions:", f"在两位从未训练过的画师的图上，共 {found['n']} 题："),
+        f"{before['strict']:.1%} -> {after['strict']:.1%}  {100 * found['difference']['value']:+.1f} {say('points', '个百分点')}  "
+        f"[{100 * low:+.1f}, {100 * high:+.1f}]  McNemar p = {found['mcnemar']['p']:.2g}",
+        say(f"fixed {pairs['fixed']}, broken {pairs['broken']}, both right {pairs['both_right']}, both wrong {pairs['both_wrong']}",
+            f"改对 {pairs['fixed']}，改错 {pairs['broken']}，都对 {pairs['both_right']}，都错 {pairs['both_wrong']}"),
+        say(f"by likelihood: {before['likelihood']:.1%} -> {after['likelihood']:.1%}; seed {found['seed']}, {found['seconds']:.0f} s, {found['peak_gib']:.1f} GiB",
+            f"按似然：{before['likelihood']:.1%} -> {after['likelihood']:.1%}；种子 {found['seed']}，{found['seconds']:.0f} 秒，{found['peak_gib']:.1f} GiB"),
+        "",
+        say(f"open {out / 'report.html'}", f"请打开 {out / 'report.html'}"),
+        say("next:", "接下来："),
+        f"  intervale chat {out / 'tuned'} -i {out / 'data' / found['examples'][0]['picture']}",
+        f"  intervale train {out / 'recipe.yaml'} --out {out / 'mine'} --set train.epochs=2",
+        "  intervale prepare llava mine.json data/mine --image-root pictures --eval-fraction 0.2",
+    ]  # fmt: skip
+    return lines
