@@ -104,7 +104,7 @@ def test_a_likelihood_is_that_of_the_trained_sequence(model: Path, tmp_path: Pat
     item = load_item(record, loaded.tokenizer, loaded.template, loaded.tiling, TileCache())
     ids = torch.from_numpy(item.ids_S)[None]
     with torch.inference_mode():
-        embedded = embed(loaded.network, ids, encode_tiles(loaded, item.tiles_PHWC), loaded.network.config.image_token_id)
+        embedded = embed(loaded.network, ids, encode_tiles(loaded, item.pictures[0].tiles_PHWC), loaded.network.config.image_token_id)
         hidden = loaded.network.model.language_model(inputs_embeds=embedded).last_hidden_state
         logs = torch.log_softmax(loaded.network.lm_head(hidden[0]).float(), -1)
     first = int(item.trained_S.argmax())

@@ -6,15 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import InternVLForConditionalGeneration
 
-from intervale.core.records import read_records
+from intervale.core.records import Message, Record, read_records
 from intervale.data.dataset import Item, TileCache, load_item
+from intervale.model.attention import use_packed_attention
+from intervale.model.forward import normalise
 from intervale.model.load import load_network, text_side
 from intervale.train.batches import collate
 from intervale.train.prepare import choose_checkpointing, estimate, freeze_and_adapt, set_modes
 from intervale.train.recipe import Data, Lora, Train, TrainRecipe
 from intervale.train.state import trainable
-from intervale.train.step import Compute, accumulate, held_out
+from intervale.train.step import Compute, accumulate, batch_losses, held_out
+
+TOKEN = 267  # <IMG_CONTEXT> of `tiny`
 
 
 def recipe(**train: object) -> TrainRecipe:
@@ -24,12 +29,18 @@ def recipe(**train: object) -> TrainRecipe:
 @pytest.fixture(scope="module")
 def items(tiny: Path, plates: Path) -> list[Item]:
     side = text_side(tiny)
+    assert side.tokenizer.control("<IMG_CONTEXT>") == TOKEN
     cache = TileCache()
     return [load_item(record, side.tokenizer, side.template, side.tiling, cache) for record in read_records(plates / "train.jsonl")]
 
 
+def packed(network: InternVLForConditionalGeneration) -> InternVLForConditionalGeneration:
+    use_packed_attention(network)
+    return network
+
+
 def gradients(
-    tiny: Path, items: list[Item], sizes: list[int], keep: bool = False, **train: object
+    tiny: Path, items: list[Item], sizes: list[int], keep: bool = False, share: bool = False, **train: object
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """(loss of the step, gradient by name) with the items in micro-batches of these sizes."""
     network = load_network(tiny, dtype=torch.float32)
@@ -44,8 +55,8 @@ def gradients(
         cost = estimate(network, chosen, torch.float32, 100, 4)
         assert choose_checkpointing(network, chosen, cost, torch.device("cpu"))
     bounds = np.cumsum([0, *sizes])
-    batches = [collate(items[a:b], keyed=True) for a, b in itertools.pairwise(bounds)]
-    compute = Compute(torch.float32, torch.device("cpu"), text_side(tiny).tokenizer.control("<IMG_CONTEXT>"), {} if keep else None)
+    batches = [collate(items[a:b], TOKEN, share) for a, b in itertools.pairwise(bounds)]
+    compute = Compute(torch.float32, torch.device("cpu"), TOKEN, {} if keep else None)
     targets = sum(batch.targets for batch in batches)
     for _ in range(2 if keep else 1):  # the second pass takes every feature from memory
         network.zero_grad()
@@ -78,13 +89,11 @@ def test_checkpointing_changes_nothing(tiny: Path, items: list[Item]) -> None:
 def test_the_loss_is_transformers_own_on_one_item(tiny: Path, items: list[Item]) -> None:
     network = load_network(tiny, dtype=torch.float32)
     item = items[0]
-    token = text_side(tiny).tokenizer.control("<IMG_CONTEXT>")
-    network.config.image_token_id = token
-    sums = held_out(network, [collate([item])], Compute(torch.float32, torch.device("cpu"), token))
-    from intervale.model.forward import normalise
-
+    network.config.image_token_id = TOKEN
+    sums = held_out(packed(network), [collate([item], TOKEN)], Compute(torch.float32, torch.device("cpu"), TOKEN))
+    network.model.language_model.set_attn_implementation("sdpa")
     labels = torch.where(torch.from_numpy(item.trained_S), torch.from_numpy(item.ids_S), -100)[None]
-    pixels = normalise(torch.from_numpy(item.tiles_PHWC), torch.float32)
+    pixels = normalise(torch.from_numpy(item.pictures[0].tiles_PHWC), torch.float32)
     wanted = network(input_ids=torch.from_numpy(item.ids_S)[None], pixel_values=pixels, labels=labels).loss
     assert sums.loss / sums.targets == pytest.approx(float(wanted), rel=1e-6)
     assert sums.targets == int(item.trained_S.sum())
@@ -92,9 +101,10 @@ def test_the_loss_is_transformers_own_on_one_item(tiny: Path, items: list[Item])
 
 def test_samples_of_a_batch_do_not_leak_into_each_other(tiny: Path, items: list[Item]) -> None:
     network = load_network(tiny, dtype=torch.float32)
-    compute = Compute(torch.float32, torch.device("cpu"), text_side(tiny).tokenizer.control("<IMG_CONTEXT>"))
-    alone = [held_out(network, [collate([item])], compute).loss for item in items]
-    together = held_out(network, [collate(items)], compute).loss
+    packed(network)
+    compute = Compute(torch.float32, torch.device("cpu"), TOKEN)
+    alone = [held_out(network, [collate([item], TOKEN)], compute).loss for item in items]
+    together = held_out(network, [collate(items, TOKEN)], compute).loss
     assert together == pytest.approx(sum(alone), rel=1e-5)
 
 
@@ -106,3 +116,49 @@ def test_frozen_parts_stay_frozen_and_lora_stays_out_of_the_tower(tiny: Path, it
     vision = gradients(tiny, items, [8], projector="frozen", llm="frozen", vision="lora")[1].keys()
     assert vision
     assert all("vision_tower" in name for name in vision)
+
+
+@pytest.fixture(scope="module")
+def asked(tiny: Path, plates: Path) -> list[Item]:
+    """Three questions on each of three pictures, one on a fourth, one on two pictures, and one without any."""
+    side, cache = text_side(tiny), TileCache()
+    files = sorted({record.images[0] for record in read_records(plates / "train.jsonl")})
+    told = [(n, (files[n],), f"<image>\n{text}?") for n in range(3) for text in ("colour", "what is its colour", "size")]
+    told += [(3, (files[3],), "<image>\ncolour?"), (4, (files[0], files[1]), "<image><image>\nsame?"), (5, (), "hello")]
+    records = [
+        Record(f"q{at}", (Message("user", text), Message("assistant", f"answer {n} {at}")), images, root=plates)
+        for at, (n, images, text) in enumerate(told)
+    ]
+    return [load_item(record, side.tokenizer, side.template, side.tiling, cache) for record in records]
+
+
+@pytest.mark.parametrize("train", [{}, {"vision": "full", "llm": "full"}], ids=["lora", "full"])
+@pytest.mark.parametrize("sizes", [[12], [5, 7]])
+def test_questions_that_share_a_picture_give_the_step_of_separate_ones(
+    tiny: Path, asked: list[Item], sizes: list[int], train: dict[str, object]
+) -> None:
+    apart, together = (gradients(tiny, asked, sizes, share=share, **train) for share in (False, True))
+    assert_same(apart, together)
+
+
+def test_sharing_holds_a_picture_and_its_text_once(asked: list[Item]) -> None:
+    apart, together = (collate(asked, TOKEN, share) for share in (False, True))
+    assert together.targets == apart.targets
+    pictures = sum(int((batch.ids_1T == TOKEN).sum()) for batch in (together,))
+    assert pictures < 0.6 * int((apart.ids_1T == TOKEN).sum())
+    assert len(together.slots) == 3 + 1 + 2
+    assert together.ids_1T.numel() < 0.7 * apart.ids_1T.numel()
+
+
+def test_every_item_of_a_shared_row_has_its_own_loss(tiny: Path, asked: list[Item]) -> None:
+    network = packed(load_network(tiny, dtype=torch.float32))
+    compute = Compute(torch.float32, torch.device("cpu"), TOKEN)
+    alone = torch.cat([batch_losses(network, collate([item], TOKEN).to(compute.device), compute)[0] for item in asked])
+    together = batch_losses(network, collate(asked, TOKEN, share=True).to(compute.device), compute)[0]
+    assert torch.allclose(alone, together, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pack_is_refused_by_a_network_that_would_mix_its_rows(tiny: Path, items: list[Item]) -> None:
+    network = load_network(tiny, dtype=torch.float32)
+    with pytest.raises(AssertionError, match="see each other"):
+        held_out(network, [collate(items[:2], TOKEN)], Compute(torch.float32, torch.device("cpu"), TOKEN))

@@ -27,7 +27,9 @@ _SHOWN = 6
 
 
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder for everything; the same command continues or repeats what it found.")] = Path("quickstart"),
+    out: Annotated[Path, typer.Option(help="Folder for everything; the same command continues or repeats what it found.")] = Path(
+        "quickstart"
+    ),
     seed: Annotated[int, typer.Option(min=0, help="Another order of the data and other fresh LoRA matrices.")] = 42,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; an earlier one is kept beside as NAME.old-1.")] = False,
 ) -> None:
@@ -144,7 +146,9 @@ def _compare(out: Path) -> dict[str, Any]:
     strict, likelihood = (compare(out / f"before-{mode}", out / f"after-{mode}") for mode in MODES)
     write_report(strict, out, likelihood)
     kept = ("n", "pairs", "difference", "mcnemar")
-    sides = {name: {mode: told[name]["accuracy"] for mode, told in zip(MODES, (strict, likelihood), strict=True)} for name in ("before", "after")}
+    sides = {
+        name: {mode: told[name]["accuracy"] for mode, told in zip(MODES, (strict, likelihood), strict=True)} for name in ("before", "after")
+    }
     examples = _examples(strict)
     return {key: strict[key] for key in kept} | {"accuracy": sides, "examples": examples}
 

@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _FEW, _CHUNK = 20_000, 2_000  # items
 _work: tuple[Callable[[Any], Any], Sequence[Any]] | None = None  # what the forked children find
 

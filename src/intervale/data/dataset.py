@@ -24,13 +24,21 @@ from intervale.data.tiling import Tiling, cut_tiles
 
 
 @dataclass(frozen=True)
+class ItemPicture:
+    """A picture of an item: what names it in this run, and its uint8 tiles."""
+
+    key: str
+    tiles_PHWC: np.ndarray
+
+
+@dataclass(frozen=True)
 class Item:
-    """One training or evaluation item, ready for the device. `tiles_PHWC` uint8 has P = 0 for text alone."""
+    """One training or evaluation item, ready for the device."""
 
     id: str
     ids_S: np.ndarray
     trained_S: np.ndarray
-    tiles_PHWC: np.ndarray
+    pictures: tuple[ItemPicture, ...]
 
 
 @dataclass(frozen=True)
@@ -69,23 +77,15 @@ class TileCache:
         return tiles
 
 
-def record_tiles(record: Record, tiling: Tiling, cache: TileCache) -> tuple[np.ndarray, list[int]]:
-    """All tiles of a record's pictures in order, and the number of each picture."""
-    parts = [cache.tiles(record, image, tiling) for image in record.images]
-    if not parts:
-        return np.zeros((0, tiling.tile_size, tiling.tile_size, 3), np.uint8), []
-    return np.concatenate(parts), [len(part) for part in parts]
-
-
 def _prompt(record: Record, counts: Sequence[int], tokenizer: Tokenizer, template: Template, tiling: Tiling) -> Prompt:
     return encode_turns(turns_of(record.messages, [n * tiling.tokens_per_tile for n in counts]), template, tokenizer)
 
 
 def load_item(record: Record, tokenizer: Tokenizer, template: Template, tiling: Tiling, cache: TileCache) -> Item:
     """Decode, tile and tokenise one record. Raises: UserError when a picture cannot be read."""
-    tiles_PHWC, counts = record_tiles(record, tiling, cache)
-    prompt = _prompt(record, counts, tokenizer, template, tiling)
-    return Item(record.id, prompt.ids_S, prompt.trained_S, tiles_PHWC)
+    pictures = tuple(ItemPicture(str(record.root / image), cache.tiles(record, image, tiling)) for image in record.images)
+    prompt = _prompt(record, [len(picture.tiles_PHWC) for picture in pictures], tokenizer, template, tiling)
+    return Item(record.id, prompt.ids_S, prompt.trained_S, pictures)
 
 
 def measure(record: Record, tokenizer: Tokenizer, template: Template, tiling: Tiling, max_length: int) -> Size:
@@ -115,8 +115,22 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
-def step_items(count: int, per_step: int, seed: int, step: int) -> np.ndarray:
-    """The items of optimizer step `step` (from 0). An epoch's last step may be smaller; no item is left out or doubled."""
+def step_items(count: int, per_step: int, seed: int, step: int, together: tuple[int, ...] = ()) -> np.ndarray:
+    """The items of optimizer step `step` (from 0). An epoch's last step may be smaller; no item is left out or doubled.
+
+    `together` names each item's group (its picture); items of a group then follow each other, groups in a drawn order.
+    """
     per_epoch = -(-count // per_step)
     epoch, place = divmod(step, per_epoch)
-    return epoch_order(count, seed, epoch)[place * per_step : (place + 1) * per_step]
+    order = grouped_order(together, seed, epoch) if together else epoch_order(count, seed, epoch)
+    return order[place * per_step : (place + 1) * per_step]
+
+
+@lru_cache(maxsize=2)
+def grouped_order(together: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
+    """An epoch's order that keeps groups together: groups as they are first met in the plain order, items within as there."""
+    order = epoch_order(len(together), seed, epoch)
+    groups: dict[int, list[int]] = {}
+    for item in order:
+        groups.setdefault(together[item], []).append(int(item))
+    return np.array([item for group in groups.values() for item in group])

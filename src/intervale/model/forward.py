@@ -1,6 +1,6 @@
 """The network's own steps: pixels to features, ids and features to hidden states, hidden states to losses.
 
-Logits are computed only where a label is. Legend: B samples, S positions, P tiles, N targets, H/W pixels, C channels.
+Logits are computed only where a label is. Legend: B samples, S positions, T tokens of a pack, P tiles, N targets, H/W pixels, C channels.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import InternVLForConditionalGeneration
 
 from intervale.data.tiling import IMAGENET_MEAN, IMAGENET_STD
+from intervale.model.attention import NAME, Layout
 
 
 def normalise(tiles_PHWC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -56,15 +57,24 @@ def embed(
 
 
 def target_losses(
-    network: InternVLForConditionalGeneration, embedded_BSD: torch.Tensor, mask_BS: torch.Tensor | None, targets_BS: torch.Tensor
+    network: InternVLForConditionalGeneration,
+    embedded_1TD: torch.Tensor,
+    positions_1T: torch.Tensor,
+    layout: Layout,
+    targets_1T: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss of every target, is it the most likely token), both of length N, row by row.
+    """(loss of every target, is it the most likely token), both of length N, in the order of the pack.
 
-    `targets_BS` holds at each position the id that is to follow, or -1; no logits are computed at the -1.
+    `targets_1T` holds at each token the id that is to follow, or -1; no logits are computed at the -1. The network's language
+    model must use packed attention (`model.attention.use_packed_attention`), or the rows would see each other.
     """
-    hidden_BSD = network.model.language_model(inputs_embeds=embedded_BSD, attention_mask=mask_BS, use_cache=False).last_hidden_state
-    wanted = targets_BS >= 0
-    logits_NV = network.lm_head(hidden_BSD[wanted]).float()
-    targets_N = targets_BS[wanted]
+    text = network.model.language_model
+    assert text.config._attn_implementation == NAME, "rows of a pack would see each other"
+    hidden_1TD = text(
+        inputs_embeds=embedded_1TD, position_ids=positions_1T, attention_mask=None, use_cache=False, layout=layout
+    ).last_hidden_state
+    wanted = targets_1T >= 0
+    logits_NV = network.lm_head(hidden_1TD[wanted]).float()
+    targets_N = targets_1T[wanted]
     losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
     return losses_N, logits_NV.argmax(-1) == targets_N

@@ -1,12 +1,11 @@
-"""From items to padded micro-batches, a step at a time, made ahead of the step that needs them.
+"""From items to packed micro-batches, a step at a time, made ahead of the step that needs them.
 
 On a CPU by threads: Pillow and NumPy release the interpreter lock while they work, and one tile cache serves all. Beside a GPU by
-processes: there the lock is what the thread that launches kernels waits for. Legend: B samples, S positions, P tiles.
+processes: there the lock is what the thread that launches kernels waits for. Legend: T tokens, P tiles.
 """
 
 from __future__ import annotations
 
-import hashlib
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,32 +19,38 @@ from torch.utils.data import DataLoader, Dataset
 
 from intervale.core.errors import UserError
 from intervale.data.dataset import Item
+from intervale.data.packing import pack
+from intervale.model.attention import Layout, layout_of
 
 _STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded micro-batch. `targets_BS`: the id that must follow each position, or -1; `mask_BS` None when nothing is padded."""
+    """A micro-batch without padding. `targets_1T`: the id that must follow each token, or -1. Of each distinct picture the tiles
+    stand once in `tiles_PHWC` (`tiles_of` says how many); `slots` names the picture of each place in the text."""
 
-    ids_BS: torch.Tensor
-    mask_BS: torch.Tensor | None
-    targets_BS: torch.Tensor
+    ids_1T: torch.Tensor
+    positions_1T: torch.Tensor
+    targets_1T: torch.Tensor
+    layout: Layout
     tiles_PHWC: torch.Tensor
+    keys: tuple[str, ...]
+    tiles_of: tuple[int, ...]
+    slots: tuple[int, ...]
     ids: tuple[str, ...]  # the items' own
-    tiles_of: tuple[int, ...]  # how many tiles each item has, and (asked for) a digest of them
-    tile_keys: tuple[bytes, ...] = ()
 
     @property
     def targets(self) -> int:
         """Number of target tokens."""
-        return int((self.targets_BS >= 0).sum())
+        return int((self.targets_1T >= 0).sum())
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        move = [t.to(device, non_blocking=True) for t in (self.ids_BS, self.targets_BS, self.tiles_PHWC)]
-        mask = None if self.mask_BS is None else self.mask_BS.to(device, non_blocking=True)
-        return replace(self, ids_BS=move[0], mask_BS=mask, targets_BS=move[1], tiles_PHWC=move[2])
+        ids, positions, targets, tiles = (
+            t.to(device, non_blocking=True) for t in (self.ids_1T, self.positions_1T, self.targets_1T, self.tiles_PHWC)
+        )
+        return replace(self, ids_1T=ids, positions_1T=positions, targets_1T=targets, tiles_PHWC=tiles, layout=self.layout.to(device))
 
 
 @dataclass(frozen=True)
@@ -56,29 +61,27 @@ class Loaded:
     bad: list[tuple[str, UserError]]
 
 
-def collate(items: Sequence[Item], keyed: bool = False) -> Batch:
-    """Pad on the right; a target stands one position before the token it names. `keyed` adds the digests of the tiles."""
-    longest = max(len(item.ids_S) for item in items)
-    ids_BS = np.zeros((len(items), longest), np.int64)
-    mask_BS = np.zeros((len(items), longest), np.int64)
-    targets_BS = np.full((len(items), longest), -1, np.int64)
-    for row, item in enumerate(items):
-        length = len(item.ids_S)
-        ids_BS[row, :length] = item.ids_S
-        mask_BS[row, :length] = 1
-        targets_BS[row, : length - 1] = np.where(item.trained_S[1:], item.ids_S[1:], -1)
+def collate(items: Sequence[Item], image_token: int, share: bool = False) -> Batch:
+    """The items as one pack; with `share` questions on the same pictures hold their common beginning once."""
+    rows = pack(items, share, image_token)
+    positions_T, branch_T = torch.from_numpy(rows.positions_T), torch.from_numpy(rows.branch_T)
+    distinct = {picture.key: picture for picture in rows.pictures}
+    number = {key: at for at, key in enumerate(distinct)}
+    tiles = [picture.tiles_PHWC for picture in distinct.values()]
     return Batch(
-        torch.from_numpy(ids_BS),
-        None if mask_BS.all() else torch.from_numpy(mask_BS),
-        torch.from_numpy(targets_BS),
-        torch.from_numpy(np.concatenate([item.tiles_PHWC for item in items])),
+        torch.from_numpy(rows.ids_T)[None],
+        positions_T[None],
+        torch.from_numpy(rows.targets_T)[None],
+        layout_of(rows.lengths, positions_T, branch_T, rows.shared),
+        torch.from_numpy(np.concatenate(tiles)) if tiles else torch.zeros((0, 1, 1, 3), dtype=torch.uint8),
+        tuple(distinct),
+        tuple(map(len, tiles)),
+        tuple(number[picture.key] for picture in rows.pictures),
         tuple(item.id for item in items),
-        tuple(len(item.tiles_PHWC) for item in items),
-        tuple(hashlib.blake2b(item.tiles_PHWC.tobytes(), digest_size=16).digest() for item in items) if keyed else (),
     )
 
 
-def load_step(ids: Sequence[str], load: Callable[[int], Item], indices: Sequence[int], size: int, keyed: bool) -> Loaded:
+def load_step(ids: Sequence[str], load: Callable[[int], Item], indices: Sequence[int], size: int, image_token: int, share: bool) -> Loaded:
     """A step's items in micro-batches of `size`; items that cannot be read are told, not raised: the caller decides."""
     items: list[Item] = []
     bad: list[tuple[str, UserError]] = []
@@ -87,7 +90,7 @@ def load_step(ids: Sequence[str], load: Callable[[int], Item], indices: Sequence
             items.append(load(index))
         except UserError as error:
             bad.append((ids[index], error))
-    return Loaded([collate(items[at : at + size], keyed) for at in range(0, len(items), size)], bad)
+    return Loaded([collate(items[at : at + size], image_token, share) for at in range(0, len(items), size)], bad)
 
 
 class _Steps(Dataset[Loaded]):

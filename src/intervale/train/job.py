@@ -35,6 +35,9 @@ Tell = Callable[[str], None]
 _FREE = {"out": None, "data": ("workers", "eval"), "train": ("save_steps", "save_total_limit", "eval_steps", "features", "checkpointing")}
 
 
+_WORTH_SHARING = 1.5  # questions a picture
+
+
 @dataclass(frozen=True)
 class Job:
     """A recipe with its data: what is known before the network is loaded."""
@@ -214,6 +217,33 @@ def keep_features(job: Job, network: InternVLForConditionalGeneration, dtype: to
     if wanted == "auto" and need > have / 4:
         return False, f"{need / 2**30:.1f} GiB of features would take more than a quarter of the {have / 2**30:.1f} GiB free"
     return True, f"the vision tower is frozen; at most {need / 2**30:.2f} GiB"
+
+
+def picture_groups(job: Job) -> tuple[int, ...]:
+    """For each training item the number of its group: items about the same pictures are one, text alone is its own."""
+    numbers: dict[object, int] = {}
+    return tuple(
+        numbers.setdefault((record.root, record.images) if record.images else place, len(numbers)) for place, record in enumerate(job.train)
+    )
+
+
+def share_prefixes(job: Job) -> tuple[bool, str]:
+    """(do questions on one picture share its tokens?, a line for the log or ''). The step's mathematics are the same without dropout."""
+    wanted = job.recipe.train.share_prefix
+    drops = bool(job.recipe.lora_targets()) and job.recipe.lora.dropout > 0
+    each = len(job.train) / (max(picture_groups(job)) + 1)
+    if wanted == "off" or (wanted == "auto" and (drops or each < _WORTH_SHARING)):
+        return False, ""
+    told = say(
+        f"{each:.1f} questions a picture: they share its tokens and stand in the same step",
+        f"每张图片 {each:.1f} 个问题：共用图片的 token，并在同一步训练",
+    )
+    if drops:
+        told += say(
+            "; with LoRA dropout they also share its mask there, which is not the step without sharing",
+            "；有 LoRA dropout 时共用部分的掩码也相同，与不共用时的步不同",
+        )
+    return True, told
 
 
 def pick_device() -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import InternVLForConditionalGeneration
 
@@ -65,6 +66,7 @@ class _Loop:
     cache: TileCache
     total: int
     progress: Progress
+    share: bool = False
     stop: int | None = None
     skipped: set[str] = field(default_factory=set)
 
@@ -155,7 +157,10 @@ def _train(job: Job, world: World, state: str) -> Outcome:
         )
     )
     progress = _restore(job, network, optimizer) if state == "resume" else Progress()
-    loop = _Loop(job, world, network, optimizer, compute, TileCache(), total, progress)
+    share, why_share = jobs.share_prefixes(job)
+    if why_share:
+        job.tell(why_share)
+    loop = _Loop(job, world, network, optimizer, compute, TileCache(), total, progress, share)
     if world.first:
         jobs.write_run(job, "running")
         forget_after(job.folder, progress.step)
@@ -226,14 +231,16 @@ def _steps(loop: _Loop) -> None:
     job, world, recipe = loop.job, loop.world, loop.job.recipe
 
     ids = [record.id for record in job.train]
-    keyed, processes = loop.compute.kept is not None, world.device.type == "cuda"
+    together = jobs.picture_groups(job) if loop.share else ()
+    image_token, processes = loop.compute.image_token_id, world.device.type == "cuda"
 
     def load(index: int) -> Item:
         return load_item(job.train[index], job.side.tokenizer, job.side.template, job.side.tiling, loop.cache)
 
     def step(number: int) -> Loaded:
-        order = step_items(len(job.train), job.per_step * world.size, recipe.train.seed, number)
-        return load_step(ids, load, [int(i) for i in order[world.rank :: world.size]], recipe.train.batch_size, keyed)
+        order = step_items(len(job.train), job.per_step * world.size, recipe.train.seed, number, together)
+        own = np.array_split(order, world.size)[world.rank]  # neighbours stay together: they may share a picture
+        return load_step(ids, load, [int(i) for i in own], recipe.train.batch_size, image_token, loop.share)
 
     last_plot = last_tell = time.monotonic()
     started, done = time.monotonic(), loop.progress.step
@@ -338,7 +345,7 @@ def _evaluate(loop: _Loop) -> None:
     set_modes(loop.network, job.recipe, False)
     records = job.held[loop.world.rank :: loop.world.size]
     items = (load_item(record, job.side.tokenizer, job.side.template, job.side.tiling, loop.cache) for record in records)
-    sums = held_out(loop.network, (collate([item]) for item in items), replace(loop.compute, kept=None))
+    sums = held_out(loop.network, (collate([item], loop.compute.image_token_id) for item in items), replace(loop.compute, kept=None))
     set_modes(loop.network, job.recipe, True)
     loss, correct, targets = sum_values(loop.world, [sums.loss, float(sums.correct), float(sums.targets)])
     entry = {"step": loop.progress.step, "eval_loss": loss / targets, "eval_token_accuracy": correct / targets, "eval_items": len(job.held)}

@@ -9,6 +9,7 @@ import torch
 from transformers import InternVLForConditionalGeneration
 
 from intervale.model.adapt import PARTS, attach_lora
+from intervale.model.attention import use_packed_attention
 from intervale.train.recipe import TrainRecipe
 from intervale.train.state import trainable
 
@@ -55,6 +56,7 @@ def freeze_and_adapt(network: InternVLForConditionalGeneration, recipe: TrainRec
     The fresh LoRA matrices depend on the recipe's seed alone.
     """
     network.requires_grad_(False)
+    use_packed_attention(network)
     if targets := recipe.lora_targets():
         torch.manual_seed(recipe.train.seed)
         attach_lora(network, recipe.lora.rank, recipe.lora.alpha, recipe.lora.dropout, targets)

@@ -61,6 +61,7 @@ class Train(BaseModel):
     save_total_limit: Annotated[int, Field(ge=-1)] = 3
     eval_steps: PositiveInt | None = None
     features: Literal["auto", "cache", "live"] = "auto"
+    share_prefix: Literal["auto", "on", "off"] = "auto"
     checkpointing: Literal["auto", "on", "off"] = "auto"
 
 

@@ -1,7 +1,7 @@
 """One optimizer step, and the held-out loss: the mathematics of training, in one place.
 
 A step's loss is the mean over all target tokens of the step, across micro-batches and processes, whatever their sizes: the
-sums are divided once, by the step's own count. Legend: B samples, S positions, P tiles.
+sums are divided once, by the step's own count. Legend: T tokens of a pack, P tiles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Compute:
     dtype: torch.dtype
     device: torch.device
     image_token_id: int
-    kept: dict[bytes, torch.Tensor] | None = None
+    kept: dict[str, torch.Tensor] | None = None
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """bfloat16 where it is safe; nothing in float32."""
@@ -43,29 +43,28 @@ class Sums:
 
 
 def _features(network: InternVLForConditionalGeneration, batch: Batch, compute: Compute) -> torch.Tensor | None:
-    """The projected features of a batch's tiles, the tower's part from memory where it was seen before."""
-    if len(batch.tiles_PHWC) == 0:
+    """The projected features of a batch's tiles, each picture's once, the tower's part from memory where it was seen before."""
+    if not batch.slots:
         return None
+    tiles = batch.tiles_PHWC.split(list(batch.tiles_of))
     if compute.kept is None:
-        tower = tower_features(network, normalise(batch.tiles_PHWC, compute.dtype))
+        towers = tower_features(network, normalise(batch.tiles_PHWC, compute.dtype)).split(list(batch.tiles_of))
     else:
-        parts = []
-        for key, tiles in zip(batch.tile_keys, batch.tiles_PHWC.split(list(batch.tiles_of)), strict=True):
-            if len(tiles):
-                if key not in compute.kept:
-                    with torch.no_grad():
-                        compute.kept[key] = tower_features(network, normalise(tiles, compute.dtype)).cpu()
-                parts.append(compute.kept[key].to(compute.device, non_blocking=True))
-        tower = torch.cat(parts)
-    return network.model.multi_modal_projector(tower)
+        for key, own in zip(batch.keys, tiles, strict=True):
+            if key not in compute.kept:
+                with torch.no_grad():
+                    compute.kept[key] = tower_features(network, normalise(own, compute.dtype)).cpu()
+        towers = tuple(compute.kept[key].to(compute.device, non_blocking=True) for key in batch.keys)
+    projected = network.model.multi_modal_projector(torch.cat(towers)).split(list(batch.tiles_of))
+    return torch.cat([projected[slot] for slot in batch.slots])
 
 
 def batch_losses(network: InternVLForConditionalGeneration, batch: Batch, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss of every target, is it the most likely token), row by row."""
     with compute.autocast():
         features = _features(network, batch, compute)
-        embedded_BSD = embed(network, batch.ids_BS, features, compute.image_token_id)
-        return target_losses(network, embedded_BSD, batch.mask_BS, batch.targets_BS)
+        embedded_1TD = embed(network, batch.ids_1T, features, compute.image_token_id)
+        return target_losses(network, embedded_1TD, batch.positions_1T, batch.layout, batch.targets_1T)
 
 
 def accumulate(network: InternVLForConditionalGeneration, batches: Iterable[Batch], compute: Compute, step_targets: int) -> Sums:
@@ -92,5 +91,5 @@ def _count(sums: Sums, batch: Batch, losses_N: torch.Tensor, correct_N: torch.Te
     sums.loss += float(losses_N.detach().sum())
     sums.correct += int(correct_N.sum())
     sums.targets += len(losses_N)
-    sums.positions += int(batch.ids_BS.numel() if batch.mask_BS is None else batch.mask_BS.sum())
+    sums.positions += batch.ids_1T.numel()
     sums.samples += len(batch.ids)
