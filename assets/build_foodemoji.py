@@ -69,7 +69,9 @@ def others(right: Pair, pool: list[Pair], rng: np.random.Generator) -> list[Pair
     return [left[i] for i in rng.permutation(len(left))[:3]]
 
 
-def asked(food: Food, foods: tuple[Food, ...], looks: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, tuple[Pair, list[Pair]]]:
+def asked(
+    food: Food, foods: tuple[Food, ...], looks: dict[str, np.ndarray], rng: np.random.Generator
+) -> dict[str, tuple[Pair, list[Pair]]]:
     """{question type: (right answer, three distractors)}."""
     found = {
         "name": (food.name, name_choices(food, foods, looks, rng)),
@@ -82,7 +84,9 @@ def asked(food: Food, foods: tuple[Food, ...], looks: dict[str, np.ndarray], rng
     return found
 
 
-def entry(kind: str, food: Food, number: int, artist: str, variant: int, file: str, right: Pair, wrong: list[Pair], position: int) -> dict[str, Any]:
+def entry(
+    kind: str, food: Food, number: int, artist: str, variant: int, file: str, right: Pair, wrong: list[Pair], position: int
+) -> dict[str, Any]:
     """One question in FoodieQA's schema, with the side and the artist."""
     choices = [*wrong[:position], right, *wrong[position:]]
     return {
@@ -132,7 +136,9 @@ def build(out: Path) -> None:
                     # Every four questions of a kind have the four positions once, in an order of their own.
                     position = int(seeded("position", kind, side, count // 4).permutation(4)[count % 4])
                     lines.append(entry(kind, food, number, artist, variant, file, right, wrong, position))
-    (out / "sivqa_tidy.json").write_text("[\n" + ",\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n]\n", encoding="utf-8")
+    (out / "sivqa_tidy.json").write_text(
+        "[\n" + ",\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\n]\n", encoding="utf-8"
+    )
     sizes = sum(path.stat().st_size for path in (out / "images").iterdir())
     print(f"{len(foods)} items; {asked_so_far}; {len(list((out / 'images').iterdir()))} pictures, {sizes / 1e6:.1f} MB")
 

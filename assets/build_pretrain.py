@@ -27,7 +27,18 @@ from talk import CHAT, conversation, look
 FOOD_SHARE, CHAT_SHARE = 0.22, 0.015
 SIZE = 112  # nano's own: a larger picture would only be made smaller again
 # How often a kind is drawn, against 1: hundreds of people, faces and signs would crowd out the things.
-RARER = {"person": 0.25, "face": 0.4, "sign": 0.4, "time": 0.4, "zodiac sign": 0.5, "arrow": 0.5, "shape": 0.5, "heart": 0.5, "hand gesture": 0.6, "emotion sign": 0.5}
+RARER = {
+    "person": 0.25,
+    "face": 0.4,
+    "sign": 0.4,
+    "time": 0.4,
+    "zodiac sign": 0.5,
+    "arrow": 0.5,
+    "shape": 0.5,
+    "heart": 0.5,
+    "hand gesture": 0.6,
+    "emotion sign": 0.5,
+}
 SIDED = ("left", "right", "左", "右", "clock", "arrow", "箭头", "finger", "backhand", "letter", "button", "按钮", "按键", "keycap")
 
 
@@ -67,7 +78,9 @@ def _matched(colour: Image.Image, alpha: Image.Image, other: Image.Image) -> Ima
     ranks = np.linspace(0, 1, 64)
     for channel in range(3):
         mine = ours[..., channel][here]
-        ours[..., channel][here] = np.interp(mine, np.quantile(mine, ranks), np.quantile(theirs[..., channel][there], ranks)).astype(np.uint8)
+        ours[..., channel][here] = np.interp(mine, np.quantile(mine, ranks), np.quantile(theirs[..., channel][there], ranks)).astype(
+            np.uint8
+        )
     return Image.fromarray(ours)
 
 
@@ -102,7 +115,9 @@ def bent(drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
         drawing = drawing.resize((max(8, round(drawing.width * rng.uniform(0.75, 1.3))), drawing.height))
     if rng.random() < 0.3:
         lean = rng.uniform(-0.2, 0.2)
-        drawing = drawing.transform(drawing.size, Image.Transform.AFFINE, (1, lean, -lean * drawing.height / 2, 0, 1, 0), Image.Resampling.BILINEAR)
+        drawing = drawing.transform(
+            drawing.size, Image.Transform.AFFINE, (1, lean, -lean * drawing.height / 2, 0, 1, 0), Image.Resampling.BILINEAR
+        )
     if rng.random() < 0.15:
         wide, high = (int(side * rng.uniform(0.15, 0.35)) for side in drawing.size)
         left, top = int(rng.integers(0, drawing.width - wide)), int(rng.integers(0, drawing.height - high))

@@ -20,7 +20,20 @@ from intervale.data.prompt import TEMPLATES
 from intervale.model.tokenizer import INTERNLM2_SPECIALS, VISION_SPECIALS, with_bos
 
 CONTROL = ["<unk>", "<s>", "</s>", *INTERNLM2_SPECIALS.values(), *VISION_SPECIALS]
-PHRASES = ("图中的菜是", "图片里", "主要", "背景", "这是", "一种", "什么", "颜色", "属于", "和", "是", "在")  # so that no name is glued to its sentence
+PHRASES = (
+    "图中的菜是",
+    "图片里",
+    "主要",
+    "背景",
+    "这是",
+    "一种",
+    "什么",
+    "颜色",
+    "属于",
+    "和",
+    "是",
+    "在",
+)  # so that no name is glued to its sentence
 FOOD_WEIGHT = 4  # each training question counts so often: the tuned answers should be short in tokens
 
 

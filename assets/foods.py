@@ -124,7 +124,9 @@ def _claim(entry: dict[str, Any], table: tuple[Any, ...], both: bool) -> tuple[s
     code = code_of(entry["hexcode"])
     for zh, en, codes, *evidence in table:
         if code in codes:
-            said = [any(word in words(entry["emoji"], lang)[1] for word in wanted) for lang, wanted in zip(("zh", "en"), evidence, strict=True)]
+            said = [
+                any(word in words(entry["emoji"], lang)[1] for word in wanted) for lang, wanted in zip(("zh", "en"), evidence, strict=True)
+            ]
             assert all(said) if both else any(said), f"{entry['emoji']}: CLDR does not say {zh}/{en}: {words(entry['emoji'], 'zh')}"
             return zh, en
     return None

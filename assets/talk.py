@@ -44,7 +44,10 @@ def colour_names(pixels_NC: np.ndarray) -> np.ndarray:
     saturation = chroma / np.maximum(value, 1e-6)
     red, green, blue = rgb.T
     safe = np.maximum(chroma, 1e-6)
-    hue = np.where(value == red, ((green - blue) / safe) % 6, np.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)) * 60
+    hue = (
+        np.where(value == red, ((green - blue) / safe) % 6, np.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4))
+        * 60
+    )
     at = {name: number for number, name in enumerate(_NAMES)}
     rules = [  # the first that holds
         (value < 0.2, "black"),
@@ -121,7 +124,9 @@ def caption(about: dict[str, Any], seen: Seen, lang: int, rng: np.random.Generat
     """A sentence about all of it."""
     thing, colours, ground = _thing(about, lang), _listed(seen.colours[:2], lang), COLOURS[seen.ground][lang]
     if lang == ZH:
-        return str(rng.choice(("描述一下这张图片。", "请描述图片。", "图里有什么？说一句话。"))), f"图片里是{thing}，主要是{colours}，背景是{ground}。"
+        return str(
+            rng.choice(("描述一下这张图片。", "请描述图片。", "图里有什么？说一句话。"))
+        ), f"图片里是{thing}，主要是{colours}，背景是{ground}。"
     ask = str(rng.choice(("Describe the picture.", "Describe this image in one sentence.", "What do you see?")))
     return ask, f"The picture shows {thing}, mainly {colours}, on {_article(ground)} background."
 
@@ -171,16 +176,21 @@ def shape(about: dict[str, Any], seen: Seen, lang: int, rng: np.random.Generator
     """Its size, outline and place."""
     if lang == ZH:
         across, down = ("左", "中间", "右")[seen.place[0] + 1], ("上", "中间", "下")[seen.place[1] + 1]
-        where = "中间" if across == down else (across + "边" if down == "中间" else down + "边" if across == "中间" else across + down + "角")
+        where = (
+            "中间" if across == down else (across + "边" if down == "中间" else down + "边" if across == "中间" else across + down + "角")
+        )
         return "它是什么形状，在哪里？", f"{('宽的', '高的', '差不多方的')[seen.shape]}，{'大' if seen.large else '小'}，在{where}。"
     across, down = ("left", "middle", "right")[seen.place[0] + 1], ("top", "middle", "bottom")[seen.place[1] + 1]
     where = "middle" if across == down else across if down == "middle" else down if across == "middle" else f"{down} {across}"
-    return "What shape is it, and where?", f"{('Wide', 'Tall', 'About square')[seen.shape]}, {'large' if seen.large else 'small'}, in the {where}."
+    return (
+        "What shape is it, and where?",
+        f"{('Wide', 'Tall', 'About square')[seen.shape]}, {'large' if seen.large else 'small'}, in the {where}.",
+    )
 
 
 def yes_no(about: dict[str, Any], other: dict[str, Any], lang: int, rng: np.random.Generator) -> Pair:
     """Is it this? Half of the time it is."""
-    true = rng.random() < 0.5 or about["group"] == other["group"] and about["food"] == other["food"] and about["food"]
+    true = rng.random() < 0.5 or (about["group"] == other["group"] and about["food"] == other["food"] and about["food"])
     asked, thing = _thing(about if true else other, lang), _thing(about, lang)
     if lang == ZH:
         return f"这是{asked}吗？", f"是的，这是{thing}。" if true else f"不是，这是{thing}。"
