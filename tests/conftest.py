@@ -60,3 +60,18 @@ def plates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw_plates(folder, 8)
     draw_plates(folder, 4, "eval.jsonl", seed=1)
     return folder
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Exit code of `intervale WORDS`, through the real entry point."""
+    from intervale.cli.main import main
+    from intervale.core.lang import set_language
+
+    monkeypatch.setattr("sys.argv", ["intervale", *map(str, words)])
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        set_language(None)
+    return 0

@@ -62,7 +62,8 @@ def _open(out: Path, seed: int, fresh: bool) -> dict[str, Any]:
             if found["seed"] != seed:
                 raise UserError(f"{out} was made with seed {found['seed']}, not {seed}", "give another --out, or --fresh to start over")
             return found
-        note(say(f"the earlier one is kept as {set_aside(out)}", f"先前的结果保留在 {out} 旁"))
+        aside = set_aside(out)
+        note(say(f"the earlier one is kept as {aside}", f"先前的结果保留在 {aside}"))
     _mark(out, begin)
     return begin
 

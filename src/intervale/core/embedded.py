@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 ASSETS = Path(__file__).parents[1] / "assets"
-NAMES = ("nano", "foodemoji", "quickstart.yaml")
+NAMES = ("nano", "foodemoji")
 
 
 def embedded(name: str | Path) -> Path | None:

@@ -1,0 +1,54 @@
+"""Steps made ahead are the steps made when asked, by threads and by processes, faults included."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from intervale.core.records import read_records
+from intervale.data.dataset import Item, TileCache, load_item
+from intervale.data.images import PictureError
+from intervale.model.load import text_side
+from intervale.train.batches import Loaded, load_ahead, load_step
+
+BAD = 3
+
+
+@pytest.fixture(scope="module")
+def step(tiny: Path, plates: Path) -> Callable[[int], Loaded]:
+    """Step n: items 2n and 2n + 1, in micro-batches of one; item 3 cannot be read."""
+    side, cache = text_side(tiny), TileCache()
+    records = read_records(plates / "train.jsonl")
+    token = side.tokenizer.control("<IMG_CONTEXT>")
+
+    def load(index: int) -> Item:
+        if index == BAD:
+            raise PictureError("item 3: damaged", "replace it")
+        return load_item(records[index], side.tokenizer, side.template, side.tiling, cache)
+
+    return lambda number: load_step([record.id for record in records], load, [2 * number, 2 * number + 1], 1, token, True)
+
+
+@pytest.mark.parametrize(("workers", "processes"), [(1, False), (3, False), (1, True), (2, True)])
+def test_steps_made_ahead_are_those_made_when_asked(step: Callable[[int], Loaded], workers: int, processes: bool) -> None:
+    asked = list(load_ahead(step, 1, 4, 0, False))
+    ahead = list(load_ahead(step, 1, 4, workers, processes))
+    assert len(ahead) == len(asked) == 3
+    for one, other in zip(asked, ahead, strict=True):
+        assert [batch.ids for batch in one.batches] == [batch.ids for batch in other.batches]
+        for left, right in zip(one.batches, other.batches, strict=True):
+            for name in ("ids_1T", "positions_1T", "targets_1T", "tiles_PHWC"):
+                assert torch.equal(getattr(left, name), getattr(right, name)), name
+            assert torch.equal(left.layout.index_BL, right.layout.index_BL)
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_an_unreadable_picture_is_told_at_its_step_with_its_fix(step: Callable[[int], Loaded], processes: bool) -> None:
+    first, second = load_ahead(step, 0, 2, 1, processes)
+    assert not first.bad
+    ((name, error),) = second.bad
+    assert isinstance(error, PictureError)
+    assert (error.what, error.fix) == ("item 3: damaged", "replace it")
+    assert name not in [own for batch in second.batches for own in batch.ids]
+    assert len(second.batches) == 1
