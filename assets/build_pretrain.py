@@ -25,6 +25,7 @@ from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
 from talk import CHAT, conversation, look
 
 FOOD_SHARE, CHAT_SHARE = 0.22, 0.015
+GRID = 3  # cells a side of the warp
 SIZE = 112  # nano's own: a larger picture would only be made smaller again
 # How often a kind is drawn, against 1: hundreds of people, faces and signs would crowd out the things.
 RARER = {
@@ -100,6 +101,8 @@ def relit(drawing: Image.Image, rng: np.random.Generator, other: Image.Image | N
         colour = Image.merge("HSV", (hue.point(lambda h: (h + turn) % 256), saturation, value)).convert("RGB")
     if rng.random() < 0.2:
         colour = ImageOps.posterize(colour, int(rng.integers(2, 4)))
+    elif rng.random() < 0.25:  # flat areas of a few colours, as some artists draw
+        colour = colour.quantize(int(rng.integers(4, 13)), Image.Quantize.FASTOCTREE).convert("RGB")
     if rng.random() < 0.2:
         colour = colour.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 2.0)))
     if rng.random() < 0.1:  # an outline
@@ -109,8 +112,27 @@ def relit(drawing: Image.Image, rng: np.random.Generator, other: Image.Image | N
     return colour
 
 
+def warped(drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Parts of the drawing larger, smaller or elsewhere, as another hand would have it: a grid whose inner points are moved."""
+    points = np.linspace(0, 1, GRID + 1)
+    across, down = np.meshgrid(points * drawing.width, points * drawing.height)
+    reach = 0.25 / GRID
+    across[1:-1, 1:-1] += rng.uniform(-reach, reach, (GRID - 1, GRID - 1)) * drawing.width
+    down[1:-1, 1:-1] += rng.uniform(-reach, reach, (GRID - 1, GRID - 1)) * drawing.height
+    edges_x, edges_y = (np.round(points * side).astype(int) for side in drawing.size)
+    mesh = []
+    for row in range(GRID):
+        for column in range(GRID):
+            box = tuple(map(int, (edges_x[column], edges_y[row], edges_x[column + 1], edges_y[row + 1])))
+            corners = ((row, column), (row + 1, column), (row + 1, column + 1), (row, column + 1))
+            mesh.append((box, tuple(float(axis[corner]) for corner in corners for axis in (across, down))))
+    return drawing.transform(drawing.size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
+
+
 def bent(drawing: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A little wider, sheared, or with a corner missing."""
+    """A little wider, warped, sheared, or with a corner missing."""
+    if rng.random() < 0.4:
+        drawing = warped(drawing, rng)
     if rng.random() < 0.4:
         drawing = drawing.resize((max(8, round(drawing.width * rng.uniform(0.75, 1.3))), drawing.height))
     if rng.random() < 0.3:

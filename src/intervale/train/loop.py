@@ -31,9 +31,10 @@ from intervale.data.images import PictureError
 from intervale.train import job as jobs
 from intervale.train.batches import Batch, Loaded, collate, load_ahead, load_step
 from intervale.train.job import Job
+from intervale.train.optimizer import Optimizers, make_optimizer
 from intervale.train.parallel import World, join_world, leave_world, sum_gradients, sum_values, wait
 from intervale.train.plot import draw_losses
-from intervale.train.prepare import GIB, free_memory, make_optimizer, set_modes, used_memory
+from intervale.train.prepare import GIB, free_memory, set_modes, used_memory
 from intervale.train.recipe import TrainRecipe
 from intervale.train.schedule import learning_rate
 from intervale.train.state import Progress, choose_checkpoint, restore, save_checkpoint, trainable
@@ -61,7 +62,7 @@ class _Loop:
     job: Job
     world: World
     network: InternVLForConditionalGeneration
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     compute: Compute
     cache: TileCache
     total: int
@@ -171,7 +172,7 @@ def _train(job: Job, world: World, state: str) -> Outcome:
     return _finish(loop)
 
 
-def _restore(job: Job, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def _restore(job: Job, network: torch.nn.Module, optimizer: Optimizers) -> Progress:
     chosen, skipped = choose_checkpoint(job.folder)
     for line in skipped:
         job.tell(say(f"skipped {line}", f"跳过 {line}"))

@@ -76,16 +76,6 @@ def set_modes(network: InternVLForConditionalGeneration, recipe: TrainRecipe, tr
         network.model.vision_tower.eval()
 
 
-def make_optimizer(network: torch.nn.Module, recipe: TrainRecipe) -> torch.optim.AdamW:
-    """AdamW, one fused pass over all states; weight decay on matrices only (norms, biases and layer scales do not decay)."""
-    named = trainable(network)
-    decayed = [p for p in named.values() if p.dim() >= 2]
-    plain = [p for p in named.values() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": recipe.train.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    first, second = recipe.train.betas
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(first, second), fused=True)
-
-
 def estimate(network: InternVLForConditionalGeneration, recipe: TrainRecipe, dtype: torch.dtype, longest: int, tiles: int) -> Cost:
     """Bytes of weights, optimizer and activations for the largest micro-batch (`longest` tokens a row, `tiles` a row)."""
     parameters = list(network.parameters())

@@ -54,7 +54,7 @@ class Train(BaseModel):
     max_norm: Number = 1.0
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
     save_steps: PositiveInt = 64

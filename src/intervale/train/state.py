@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +20,13 @@ from intervale.core.files import need_space, read_object, sha256_file, staged_fo
 from intervale.model.adapt import ADAPTER, CHECKPOINTS, MANIFEST, TRAINED, load_trained, save_trained, verify_checkpoint
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
+
+
+class Stateful(Protocol):
+    """An optimizer, as far as a checkpoint sees it: tensors by parameter and name."""
+
+    state: Any
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ def trainable(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def save_checkpoint(
-    run: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, identity: dict[str, Any], keep: int
+    run: Path, network: torch.nn.Module, optimizer: Stateful, progress: Progress, identity: dict[str, Any], keep: int
 ) -> Path:
     """Write checkpoint `progress.step`, then drop all but the newest `keep` (-1: keep all). Raises: UserError on a full disk."""
     folder = run / CHECKPOINTS / f"step-{progress.step:08d}"
@@ -82,7 +88,7 @@ def choose_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def restore(folder: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def restore(folder: Path, network: torch.nn.Module, optimizer: Stateful) -> Progress:
     """Put a checkpoint's weights and optimizer state into a network that is prepared for training the same way."""
     if (folder / TRAINED).is_file():
         load_trained(network, folder / TRAINED)
