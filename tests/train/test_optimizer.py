@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from intervale.model.load import load_network
-from intervale.train.optimizer import make_optimizer
+from intervale.train.optimizer import Muon, make_optimizer
 from intervale.train.prepare import freeze_and_adapt
 from intervale.train.recipe import Data, Train, TrainRecipe
 from intervale.train.state import Progress, restore, save_checkpoint, trainable
@@ -51,6 +51,27 @@ def test_a_muon_step_is_as_long_as_an_adamw_step(tiny: Path) -> None:
         stepped(network, make_optimizer(network, recipe), 0)
         lengths.append(float((weight.detach() - before).square().mean().sqrt()))
     assert 0.1 < lengths[1] / lengths[0] < 0.4  # AdamW's first step is at its longest: 1 x rate; in training it is about 0.2 x
+
+
+def test_matrices_stepped_together_go_where_torch_takes_them_one_by_one() -> None:
+    def fresh() -> list[torch.nn.Parameter]:
+        torch.manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 24), (24, 8), (8, 24), (16, 16))]
+
+    ours, theirs = fresh(), fresh()
+    mine = Muon(ours, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    start = [parameter.detach().clone() for parameter in ours]
+    for step in range(3):
+        for optimizer in (mine, reference):
+            torch.manual_seed(step)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.02
+                for parameter in group["params"]:
+                    parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+    for before, own, other in zip(start, ours, theirs, strict=True):
+        assert (own - other).norm() < 0.01 * (other - before).norm()  # bfloat16 products, in another order
 
 
 def test_a_restored_muon_run_steps_as_the_straight_one(tiny: Path, tmp_path: Path) -> None:

@@ -68,6 +68,35 @@ def _windowed(layout: Layout, window: int) -> torch.Tensor | None:
     return causal & near
 
 
+class _SideBySide(torch.autograd.Function):
+    """Tokens of the pack to padded rows. A token has one place, so the way back is a gather too; torch's own gradient of a gather
+    adds up, one after another, what the padding's copies of token 0 would give: on a GPU that took nine tenths of a step."""
+
+    @staticmethod
+    def forward(ctx: Any, states_TX: torch.Tensor, index_N: torch.Tensor, place_T: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(place_T)
+        return states_TX[index_N]
+
+    @staticmethod
+    def backward(ctx: Any, gradient_NX: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradient_NX[ctx.saved_tensors[0]], None, None
+
+
+class _Packed(torch.autograd.Function):
+    """Padded rows back to the tokens of the pack; nothing flows into padding."""
+
+    @staticmethod
+    def forward(ctx: Any, padded_NX: torch.Tensor, place_T: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(place_T)
+        ctx.places = len(padded_NX)
+        return padded_NX[place_T]
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TX: torch.Tensor) -> tuple[torch.Tensor, None]:
+        padded_NX = gradient_TX.new_zeros(ctx.places, *gradient_TX.shape[1:])
+        return padded_NX.index_copy_(0, ctx.saved_tensors[0], gradient_TX), None
+
+
 def packed_attention(
     module: torch.nn.Module,
     query_BHTD: torch.Tensor,
@@ -86,7 +115,8 @@ def packed_attention(
 
     def side_by_side(states_1HTD: torch.Tensor) -> torch.Tensor:
         heads, width = states_1HTD.shape[1], states_1HTD.shape[3]
-        return states_1HTD[0].transpose(0, 1)[flat].view(rows, longest, heads, width).transpose(1, 2)
+        padded: torch.Tensor = _SideBySide.apply(states_1HTD[0].transpose(0, 1), flat, layout.place_T)
+        return padded.view(rows, longest, heads, width).transpose(1, 2)
 
     window = kwargs.pop("sliding_window", None)
     mask = layout.mask_B1LL if window is None else _windowed(layout, window)
@@ -94,7 +124,8 @@ def packed_attention(
     seen_BLHD, _ = sdpa_attention_forward(
         module, side_by_side(query_BHTD), side_by_side(key_BHTD), side_by_side(value_BHTD), mask, **kwargs
     )
-    return seen_BLHD.flatten(0, 1)[layout.place_T][None], None
+    seen_1THD: torch.Tensor = _Packed.apply(seen_BLHD.flatten(0, 1), layout.place_T)
+    return seen_1THD[None], None
 
 
 def use_packed_attention(network: InternVLForConditionalGeneration) -> None:
