@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from compose import place
 from PIL import Image, ImageChops, ImageEnhance, ImageFilter, ImageOps
-from talk import CHAT, conversation, look
+from talk import CHAT, conversation
 
 FOOD_SHARE, CHAT_SHARE = 0.22, 0.015
 GRID = 3  # cells a side of the warp
@@ -76,12 +76,14 @@ def _matched(colour: Image.Image, alpha: Image.Image, other: Image.Image) -> Ima
     here, there = np.asarray(alpha) > 128, theirs[..., 3] > 128
     if here.sum() < 16 or there.sum() < 16:
         return colour
-    ranks = np.linspace(0, 1, 64)
+    levels = np.arange(256)
     for channel in range(3):
-        mine = ours[..., channel][here]
-        ours[..., channel][here] = np.interp(mine, np.quantile(mine, ranks), np.quantile(theirs[..., channel][there], ranks)).astype(
-            np.uint8
+        mine, other_ = (
+            np.cumsum(np.bincount(values, minlength=256)) / len(values)
+            for values in (ours[..., channel][here], theirs[..., channel][there])
         )
+        table = np.interp(mine, other_, levels).astype(np.uint8)  # the value of the same rank there
+        ours[..., channel] = table[ours[..., channel]]
     return Image.fromarray(ours)
 
 
@@ -162,7 +164,7 @@ def item(build: Path, seed: int, number: int) -> tuple[list[dict[str, str]], Ima
     mirror = about["food"] or not any(word in text for word in SIDED for text in about["name"])
     placed = place(bent(relit(all_.pictures[chosen], rng, same), rng), rng, size=SIZE, turn=30, mirror=mirror)
     messages = []
-    for turn, (question, answer) in enumerate(conversation(about, look(placed), other, rng)):
+    for turn, (question, answer) in enumerate(conversation(about, placed, other, rng)):
         messages += [{"role": "user", "content": ("" if turn else "<image>\n") + question}, {"role": "assistant", "content": answer}]
     return messages, placed.picture
 

@@ -21,6 +21,7 @@ COLOURS = {
     "grey": ("灰色", "grey"),
 }  # fmt: skip
 _NAMES = list(COLOURS)
+BARE = 0.7  # share of the answers that are the name alone
 CELLS = 3  # the drawing's box is looked at in 3 x 3 cells
 
 
@@ -112,12 +113,23 @@ def _listed(colours: Sequence[str], lang: int) -> str:
     return ("、".join(words[:-1]) + "和" + words[-1]) if lang == ZH else ", ".join(words[:-1]) + " and " + words[-1]
 
 
-def identity(about: dict[str, Any], seen: Seen, lang: int, rng: np.random.Generator) -> Pair:
+# Asked like this, the name alone is the answer; the other questions get a sentence.
+_BARE = (
+    ("图片里是什么?", "图里是什么？只说名称。", "它叫什么？"),
+    ("What is in the picture?", "Name the thing in the picture.", "What is it called?"),
+)
+_SENTENCE = (
+    ("这是什么?", "图中画的是什么？", "请问图里是什么东西？"),
+    ("What is this?", "What does the picture show?", "What do I see here?"),
+)
+
+
+def identity(about: dict[str, Any], seen: Seen | None, lang: int, rng: np.random.Generator) -> Pair:
     """What is it?"""
-    zh = ("图片里是什么?", "这是什么?", "图中画的是什么？", "请问图里是什么东西？")
-    en = ("What is in the picture?", "What is this?", "What does the picture show?", "Name the thing in the picture.")
+    if rng.random() < BARE:
+        return str(rng.choice(_BARE[lang])), str(about["group"][lang] if about["food"] else about["name"][lang])
     thing = _thing(about, lang)
-    return (str(rng.choice(zh)), f"这是{thing}。") if lang == ZH else (str(rng.choice(en)), f"This is {thing}.")
+    return str(rng.choice(_SENTENCE[lang])), f"这是{thing}。" if lang == ZH else f"This is {thing}."
 
 
 def caption(about: dict[str, Any], seen: Seen, lang: int, rng: np.random.Generator) -> Pair:
@@ -149,7 +161,9 @@ def cells(about: dict[str, Any], seen: Seen, lang: int, rng: np.random.Generator
 
 def group(about: dict[str, Any], seen: Seen, lang: int, rng: np.random.Generator) -> Pair:
     """Which kind of thing it is."""
-    name = about["group"][lang]
+    name = str(about["group"][lang])
+    if rng.random() < BARE:
+        return ("它是哪一类？" if lang == ZH else "Which kind is it?"), name
     if lang == ZH:
         return str(rng.choice(("它是哪一种东西？", "这属于什么？"))), f"属于{name}。"
     return str(rng.choice(("What kind of thing is it?", "What sort of thing is this?"))), f"It is a kind of {name}."
@@ -215,14 +229,15 @@ CHAT = (
 )  # fmt: skip
 
 
-NAMING = 0.6  # share of the conversations that ask nothing but what it is: what the vision tower learns from most
+NAMING = 0.65  # share of the conversations that ask nothing but what it is: what the vision tower learns from most
 
 
-def conversation(about: dict[str, Any], seen: Seen, other: dict[str, Any], rng: np.random.Generator) -> list[Pair]:
-    """What it is, and (two in five) one to three more turns about it before or after, in one language."""
+def conversation(about: dict[str, Any], placed: Placed, other: dict[str, Any], rng: np.random.Generator) -> list[Pair]:
+    """What it is, and (of food always, of the rest one in three) one to three more turns about it, in one language."""
     lang = ZH if rng.random() < 0.5 else EN
     if rng.random() < NAMING and not about["food"]:
-        return [identity(about, seen, lang, rng)]
+        return [identity(about, None, lang, rng)]
+    seen = look(placed)
     weights = np.array([weight for _, weight in TASKS])
     chosen = rng.choice(len(TASKS), size=int(rng.integers(1, 4)), replace=False, p=weights / weights.sum())
     turns = [pair for number in chosen if (pair := TASKS[number][0](about, seen, lang, rng)) is not None]

@@ -41,6 +41,7 @@ from intervale.train.state import Progress, choose_checkpoint, restore, save_che
 from intervale.train.step import Compute, Sums, accumulate, held_out
 
 _PLOT_SECONDS, _TELL_SECONDS = 20.0, 5.0
+_TILES_KEPT = 1 << 30  # bytes of decoded tiles
 _BAD_SHARE = 0.01  # more unreadable items than this and the data set, not an item, is what is wrong
 SIGNAL_EXIT = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -161,7 +162,7 @@ def _train(job: Job, world: World, state: str) -> Outcome:
     share, why_share = jobs.share_prefixes(job)
     if why_share:
         job.tell(why_share)
-    loop = _Loop(job, world, network, optimizer, compute, TileCache(), total, progress, share)
+    loop = _Loop(job, world, network, optimizer, compute, _tile_cache(job, world), total, progress, share)
     if world.first:
         jobs.write_run(job, "running")
         forget_after(job.folder, progress.step)
@@ -170,6 +171,12 @@ def _train(job: Job, world: World, state: str) -> Outcome:
     with _signals(loop):
         _steps(loop)
     return _finish(loop)
+
+
+def _tile_cache(job: Job, world: World) -> TileCache:
+    """One cache for all loading threads; loading processes have one each, which together must not take more."""
+    each = max(1, job.recipe.data.workers) if world.device.type == "cuda" else 1
+    return TileCache(_TILES_KEPT // each)
 
 
 def _restore(job: Job, network: torch.nn.Module, optimizer: Optimizers) -> Progress:
