@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from intervale.core.files import need_space, read_object, sha256_file, staged_folder, write_json
-from intervale.model.adapt import ADAPTER, CHECKPOINTS, MANIFEST, TRAINED, load_trained, save_trained, verify_checkpoint
+from intervale.core.files import need_space, read_object, staged_folder, write_json
+from intervale.model.adapt import ADAPTER, CHECKPOINTS, TRAINED, load_trained, save_trained, verify_checkpoint, write_manifest
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -58,8 +58,7 @@ def save_checkpoint(
                 moments[f"{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
         save_file(moments, aside / OPTIMIZER)
         write_json(aside / STATE, asdict(progress) | {"identity": identity})
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(aside.iterdir())}
-        write_json(aside / MANIFEST, {"step": progress.step, "files": files})
+        write_manifest(aside, progress.step)
     _rotate(run / CHECKPOINTS, keep)
     return folder
 

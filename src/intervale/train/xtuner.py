@@ -43,7 +43,7 @@ def import_config(config: PyConfig, data: Path) -> Imported:
     _rest(walk, out)
     for notes in (out.different, out.missing, out.unread):
         notes.sort(key=lambda note: note.line)
-    _validate(out)
+    recipe_of(out)
     return out
 
 
@@ -231,6 +231,9 @@ def _length(walk: Walk, out: Imported) -> int | float:
     epochs, iterations = walk.number("train_cfg", "max_epochs", whole=True), walk.number("train_cfg", "max_iters", whole=True)
     if epochs is None and iterations is None:
         raise UserError(f"{walk.config.at(walk.config.values['train_cfg'].line)}: neither max_epochs nor max_iters", "add max_epochs there")
+    for found in (epochs, iterations):
+        if found is not None and found.value < 1:
+            raise UserError(f"{walk.config.at(found.line)}: the run's length is {found.value}", "write a number of at least 1 there")
     if epochs is not None:
         out.put("train.epochs", epochs.value, epochs)
         return float(epochs.value)
@@ -318,6 +321,7 @@ def _rest(walk: Walk, out: Imported) -> None:
     """Everything of the config that was not taken: told with its reason, or as unknown."""
     told: set[str] = set()
     config = walk.config
+    statements = {entry.line for entry in config.unread}
     for name, found in config.values.items():
         if name in config.used and not isinstance(found.value, dict):
             continue  # a setting that something else uses
@@ -328,7 +332,7 @@ def _rest(walk: Walk, out: Imported) -> None:
             if path in walk.taken or NO_EFFECT.get(full, ...) == leaf.plain():
                 continue
             prefix, reason = reason_for(full)
-            if prefix in told:
+            if prefix in told or (isinstance(leaf.value, Unread) and leaf.line in statements):
                 continue
             told.add(prefix)
             shown = "" if isinstance(leaf.value, dict | tuple) or prefix != full else f" = {leaf.plain()}"
@@ -342,10 +346,10 @@ def _rest(walk: Walk, out: Imported) -> None:
         )
 
 
-def _validate(out: Imported) -> None:
-    """Our own strict check, its faults told with the config's lines."""
+def recipe_of(out: Imported) -> TrainRecipe:
+    """The recipe itself, by our own strict check. Raises: UserError, its fault told with the config's line."""
     try:
-        TrainRecipe.model_validate(parse_yaml(to_yaml(out), out.where), strict=True)
+        return TrainRecipe.model_validate(parse_yaml(to_yaml(out), out.where), strict=True)
     except ValueError as error:
         faults: list[Any] = error.errors() if isinstance(error, ValidationError) else []
         first = ".".join(str(part) for part in faults[0]["loc"]) if faults else ""
