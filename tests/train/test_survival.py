@@ -445,3 +445,18 @@ def test_memory_that_ends_is_told_with_what_to_set(
         assert newest is not None
         assert newest.name == "step-00000002"
         assert len([entry for entry in read_metrics(tmp_path / "run") if "loss" in entry]) == 2
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_their_straight_run(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates, epochs=3, save_steps=3, accumulation=1)  # 2 x 2 items a step: 6 steps, as above
+    folder = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631", "-m", "intervale", "train"]
+    command = [*launch, str(path), "--set", "parallel.strategy=ddp"]
+    environment = os.environ | {"INTERVALE_DEVICE": "cpu"}
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    shutil.copytree(folder, tmp_path / "straight")
+    shutil.rmtree(folder / "checkpoints" / LAST)  # as if both had died after step 5, saved at 3
+    (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | {"status": "running"}))
+    subprocess.run([*command, "--resume"], check=True, env=environment, capture_output=True)
+    assert_same_run(tmp_path / "straight", folder)

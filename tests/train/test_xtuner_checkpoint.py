@@ -192,6 +192,13 @@ def test_a_bomb_meets_the_limits(tmp_path: Path) -> None:
             read_pickled(tmp_path / "bomb.pth", tmp_path / "out", memory=memory)
 
 
+def test_a_file_that_takes_for_ever_is_stopped(tmp_path: Path) -> None:
+    (tmp_path / "long.pth").write_bytes(b"\x80\x02N" + b"q\x00" * 20_000_000 + b".")  # None, remembered again and again
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"long\.pth: reading it was stopped \(more than 1 s"):
+        read_pickled(tmp_path / "long.pth", tmp_path / "out", seconds=1)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half a zip", b"hello", io.BytesIO(b"\x80\x02c__main__\nx\n.").getvalue()])
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path, tiny: Path, content: bytes) -> None:
     (tmp_path / "x.pth").write_bytes(content)

@@ -58,9 +58,10 @@ class _Nothing:
 def _limit(memory: int, seconds: int, file: int) -> None:
     with open("/proc/self/status", encoding="ascii") as status:
         used = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmData"))
+    spent = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime) + 1  # on importing torch
     for kind, most in (
         (resource.RLIMIT_DATA, used + memory),
-        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_CPU, spent + seconds),
         (resource.RLIMIT_FSIZE, file),
         (resource.RLIMIT_CORE, 0),
     ):
@@ -97,9 +98,9 @@ def _load(path: Path) -> Any:
         name = re.search(r"GLOBAL (\S+)", text)
         if name:
             raise RefusedError(f"it asks for `{name[1]}`, which is code, not a tensor; nothing of it was run") from error
-        raise RefusedError(
-            f"it is not a checkpoint of tensors ({text.strip().splitlines()[0][:200] if text.strip() else type(error).__name__})"
-        ) from error
+        # torch's own text advises to read the file without protection: only its last part, on the fault itself, is passed on.
+        fault = re.search(r"WeightsUnpickler error: ([^\n]{1,200})", text)
+        raise RefusedError(f"it is not a checkpoint of tensors ({fault[1] if fault else type(error).__name__})") from error
 
 
 def _state(loaded: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
