@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_loop import losses, run, write_recipe
 
 from conftest import draw_plates
@@ -363,6 +363,23 @@ def test_changes_are_refused_field_by_field_unless_accepted(
     done = loop.train(faster, "r", resume=True, fresh=False, dry_run=False, tell=said.append, accept_changes=True)
     assert done.status == "done"
     assert any("learning_rate: 0.001 -> 0.002" in line for line in said)
+
+
+def test_a_base_that_changed_is_refused_and_the_same_one_put_back_is_not(
+    tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny, tmp_path / "base")
+    path = write_recipe(tmp_path, tmp_path / "base", plates, epochs=3)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        run(path)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "kept")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="base: "):
+        run(path, resume=True)
+    (tmp_path / "kept").rename(tmp_path / "base" / "model.safetensors")
+    assert run(path, resume=True).status == "done"
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["at the first step", "later"])

@@ -110,7 +110,9 @@ def test_nothing_of_a_config_is_executed(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ({"lr": "float('3e-5')"}, r"tutorial\.py:\d+: optim_wrapper\.optimizer\.lr is `float\('3e-5'\)`, which is not read"),
         ({"batch_size": "'4'"}, r"tutorial\.py:\d+: train_dataloader\.batch_size is '4', not a whole number"),
-        ({"max_epochs": "0"}, r"tutorial\.py:\d+: the run's length is 0"),
+        ({"max_epochs": "0"}, r"tutorial\.py:\d+: train_cfg\.max_epochs is 0, not a whole number of at least 1"),
+        ({"accumulative_counts": "0"}, "accumulative_counts is 0"),
+        ({"betas": "('x', 1)"}, "not two numbers"),
         ({"batch_size": "0"}, r"tutorial\.py:\d+: train\.batch_size"),
         ({"model": "dict(type=LLaVAModel)"}, "model.type is"),
         ({"path": "None"}, "no model_path"),

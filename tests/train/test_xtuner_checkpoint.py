@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from conftest import run_command
 from intervale.core.errors import UserError
 from intervale.export.export import export
+from intervale.model.convert import convert
 from intervale.model.load import load_model
 from intervale.model.pickled import Pickled, read_pickled
 from intervale.train import xtuner_checkpoint
@@ -74,6 +75,16 @@ def test_the_commands_do_the_same(tmp_path: Path, tiny: Path, monkeypatch: pytes
     assert all((found[name] - tensor).abs().max() <= 1e-6 for name, tensor in expected.items())
     assert run_command(monkeypatch, "info", tmp_path / "a") == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "iter_640.pth", "out"]
+
+
+def test_a_base_in_the_hf_format_gives_the_same_network(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(tiny, tmp_path / "hf", "hf")
+    file = write_pth(tmp_path / "iter_640.pth", xtuner_state(tiny), monkeypatch, config_text())
+    for base, name in ((tiny, "a"), (tmp_path / "hf", "b")):
+        take(file, base, tmp_path / name)
+    assert torch.equal(logits(tmp_path / "a"), logits(tmp_path / "b"))
+    export(tmp_path / "b", tmp_path / "out", "hf", dtype=None, tell=lambda text: None)
+    assert (logits(tmp_path / "out") - logits(tmp_path / "a")).abs().max() <= 2e-5
 
 
 def test_a_config_beside_the_file_gives_alpha_and_base(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +201,16 @@ def test_a_bomb_meets_the_limits(tmp_path: Path) -> None:
     for memory, why in ((16 << 20, "needs more than the 16 MiB"), (512 << 20, "more bytes than the file has")):
         with pytest.raises(UserError, match=why):
             read_pickled(tmp_path / "bomb.pth", tmp_path / "out", memory=memory)
+
+
+def test_a_flipped_bit_of_a_weight_is_found(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = xtuner_state(tiny)
+    file = write_pth(tmp_path / "iter_640.pth", state, monkeypatch, config_text())
+    data = bytearray(file.read_bytes())
+    data[data.index(state["model.mlp1.1.weight"].numpy().tobytes()) + 1000] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="it is damaged: its part"):
+        take(file, tiny, tmp_path / "a")
 
 
 def test_a_file_that_takes_for_ever_is_stopped(tmp_path: Path) -> None:

@@ -166,6 +166,8 @@ class _Reader:
         if depth > _MOST_DEPTH:
             return Found(Unread("...", "nested too deeply"), node.lineno)
         match node:
+            case ast.Constant(value=int(number)) if number.bit_length() > _MOST_BITS:
+                return Found(Unread("a number", "too large"), node.lineno)
             case ast.Constant(value=bool() | int() | float() | str() | None as value):
                 return Found(value, node.lineno)
             case ast.Name(id=name):

@@ -198,7 +198,7 @@ def _data(walk: Walk, out: Imported, data: Path) -> None:
 
 def _optimizer(walk: Walk, out: Imported) -> None:
     wrapper, optimizer = ("optim_wrapper",), ("optim_wrapper", "optimizer")
-    counts = walk.number(*wrapper, "accumulative_counts", whole=True)
+    counts = walk.number(*wrapper, "accumulative_counts", whole=True, least=1)
     out.put("train.accumulation", counts.value if counts else 1, counts)
     if out.values["train.accumulation"] > 1:
         out.differs("mean", counts, count=out.values["train.accumulation"])
@@ -212,7 +212,13 @@ def _optimizer(walk: Walk, out: Imported) -> None:
     rate = walk.number(*optimizer, "lr")
     out.put("train.learning_rate", float(rate.value) if rate else 1e-3, rate)  # torch's default for AdamW
     betas = walk.get(*optimizer, "betas")
-    out.put("train.betas", [float(beta) for beta in betas.plain()] if betas else [0.9, 0.999], betas)
+    pair = betas.plain() if betas else [0.9, 0.999]
+    if not isinstance(pair, list) or not all(isinstance(beta, int | float) for beta in pair):
+        place = walk.config.at(betas.line if betas else 1)
+        raise UserError(
+            f"{place}: optim_wrapper.optimizer.betas is {pair!r}, not two numbers", "write (0.9, 0.999), or other numbers, there"
+        )
+    out.put("train.betas", [float(beta) for beta in pair], betas)
     decay = walk.number(*optimizer, "weight_decay")
     out.put("train.weight_decay", decay.value if decay else 0.01, decay)
     out.differs("decay", decay)
@@ -228,12 +234,9 @@ def _optimizer(walk: Walk, out: Imported) -> None:
 def _length(walk: Walk, out: Imported) -> int | float:
     """Epochs (or micro-batches, when the config counts them) of the run."""
     walk.type_of("train_cfg")
-    epochs, iterations = walk.number("train_cfg", "max_epochs", whole=True), walk.number("train_cfg", "max_iters", whole=True)
+    epochs, iterations = (walk.number("train_cfg", key, whole=True, least=1) for key in ("max_epochs", "max_iters"))
     if epochs is None and iterations is None:
         raise UserError(f"{walk.config.at(walk.config.values['train_cfg'].line)}: neither max_epochs nor max_iters", "add max_epochs there")
-    for found in (epochs, iterations):
-        if found is not None and found.value < 1:
-            raise UserError(f"{walk.config.at(found.line)}: the run's length is {found.value}", "write a number of at least 1 there")
     if epochs is not None:
         out.put("train.epochs", epochs.value, epochs)
         return float(epochs.value)

@@ -168,6 +168,8 @@ def _scale(file: Path, config: PyConfig | None, alpha: float | None, read: _Read
                 "name the XTuner config with --config, or the number with --alpha (the tutorial's is 256)",
             )
         chosen = alpha if alpha is not None else float(stated.value if stated else 0)
+        if chosen <= 0:
+            raise UserError(f"{file}: lora_alpha is {chosen:g}, which switches LoRA off", "give the number it was trained with (--alpha)")
         found.append(Scale(chosen, rank.value if rank else None, bool(stabilised and stabilised.value)))
     if any(scale != found[0] for scale in found):
         raise UserError(
@@ -211,7 +213,7 @@ def _lora_config(read: _Read, source: Source, scale: Scale, native: tuple[dict[s
             targets = pattern
     return LoraConfig(
         r=ranks.pop(),
-        lora_alpha=scale.alpha,  # a fraction is fine: PEFT divides it by the rank
+        lora_alpha=int(scale.alpha) if scale.alpha == int(scale.alpha) else scale.alpha,  # a fraction is fine: PEFT divides it by the rank
         lora_dropout=Lora().dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",

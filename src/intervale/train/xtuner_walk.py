@@ -79,14 +79,14 @@ class Walk:
                 "write its value there as a plain number, text, list or dict(...)",
             )
 
-    def number(self, *path: str, whole: bool = False) -> Found | None:
-        """A number (or whole number) at a path. Raises: UserError for anything else."""
+    def number(self, *path: str, whole: bool = False, least: float = -math.inf) -> Found | None:
+        """A number (or whole number) of at least `least` at a path. Raises: UserError for anything else."""
         found = self.get(*path)
         if found is None:
             return None
         value = found.value
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not math.isfinite(value):
-            kind = "a whole number" if whole else "a number"
+        kind = f"a {'whole ' if whole else ''}number" + (f" of at least {least}" if least > -math.inf else "")
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not math.isfinite(value) or value < least:
             raise UserError(f"{self.config.at(found.line)}: {'.'.join(path)} is {found.plain()!r}, not {kind}", f"write {kind} there")
         return found
 
