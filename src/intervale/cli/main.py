@@ -20,6 +20,8 @@ from intervale.cli.convert import convert
 from intervale.cli.doctor import doctor
 from intervale.cli.evaluate import evaluate
 from intervale.cli.export import export
+from intervale.cli.import_checkpoint import import_checkpoint
+from intervale.cli.import_xtuner import import_xtuner
 from intervale.cli.info import info
 from intervale.cli.init import init
 from intervale.cli.output import note
@@ -38,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(prepare.app, name="prepare")
-for command in (check, train, evaluate, compare, export, chat, init, convert, info, doctor):
+for command in (check, train, evaluate, compare, export, chat, init, convert, info, import_xtuner, import_checkpoint, doctor):
     app.command()(command)
 if embedded("nano"):  # it runs on the embedded model, which is not in this build yet
     app.command()(quickstart)

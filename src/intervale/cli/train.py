@@ -20,6 +20,9 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Folder of the run (default: `out` of the recipe, else runs/NAME).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; an earlier run is kept beside as NAME.old-1.")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="With --resume: go on although recipe, data or base changed; lists what did.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print steps, tokens, trainable parameters and memory; write nothing.")
     ] = False,
@@ -27,6 +30,8 @@ def train(
     """Tune a model: LoRA or full, on a CPU, a GPU, or several (torchrun)."""
     if resume and fresh:
         raise UserError("--resume and --fresh contradict each other", "give one of them")
+    if accept_changes and not resume:
+        raise UserError("--accept-changes is about resuming", "give it together with --resume")
     from intervale.core.config import load_recipe
     from intervale.train.recipe import TrainRecipe
 
@@ -36,6 +41,6 @@ def train(
     checked = load_recipe(recipe, TrainRecipe, overrides)
     from intervale.train.loop import train as run
 
-    outcome = run(checked, recipe.stem, resume=resume, fresh=fresh, dry_run=dry_run, tell=note)
+    outcome = run(checked, recipe.stem, resume=resume, fresh=fresh, dry_run=dry_run, tell=note, accept_changes=accept_changes)
     if outcome.exit_code:
         sys.exit(outcome.exit_code)

@@ -219,7 +219,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a disk that turned read-only keeps the file; nobody holds it any more
+                path.unlink(missing_ok=True)
     finally:
         os.close(handle)
 

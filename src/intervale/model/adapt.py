@@ -126,6 +126,12 @@ def save_trained(folder: Path, network: torch.nn.Module, base: dict[str, str]) -
     write_json(folder / BASE, base)
 
 
+def write_manifest(folder: Path, step: int) -> None:
+    """List every file of a checkpoint folder (a staged one) with its size and sha256: the last file to be written."""
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST, {"step": step, "files": files})
+
+
 def newest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint with the highest step of a run folder, or None."""
     found = sorted((run / CHECKPOINTS).glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))

@@ -26,6 +26,7 @@ from intervale.data.images import PictureError
 from intervale.model.adapt import checkpoint_of, newest_checkpoint
 from intervale.model.load import TextSide, as_device, load_network, narrow, resolve_model, text_side
 from intervale.model.source import build_network, fingerprint, open_source
+from intervale.train.nonfinite import NONFINITE
 from intervale.train.parallel import World
 from intervale.train.prepare import Cost, choose_checkpointing, estimate, free_memory, freeze_and_adapt, precision_of
 from intervale.train.recipe import TrainRecipe
@@ -150,13 +151,13 @@ def changed_since(stored: dict[str, Any], job: Job) -> list[str]:
 def guarded(job: Job, world: World, new: bool) -> Iterator[None]:
     """What a failure leaves of the run's folder: nothing if the run was new and its input was at fault, else the status "failed".
 
-    A checkpoint, and the metrics of steps that were made, stay.
+    A checkpoint, the metrics of steps that were made, and a step that is kept for study, stay.
     """
     try:
         yield
     except BaseException as error:
         if world.first and job.folder.is_dir():
-            untouched = not read_metrics(job.folder) or isinstance(error, PictureError)
+            untouched = (not read_metrics(job.folder) or isinstance(error, PictureError)) and not (job.folder / NONFINITE).is_dir()
             if new and untouched and newest_checkpoint(job.folder) is None:
                 shutil.rmtree(job.folder, ignore_errors=True)
             else:

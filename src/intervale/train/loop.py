@@ -6,7 +6,6 @@ order of the data and the dropout masks are functions of the seed and the step.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -23,7 +22,7 @@ import torch
 from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
-from intervale.core.files import disk_errors, locked, read_object, write_atomic
+from intervale.core.files import locked, write_atomic
 from intervale.core.lang import say
 from intervale.core.runlog import append_metrics, forget_after
 from intervale.data.dataset import Item, TileCache, load_item, step_items
@@ -31,13 +30,15 @@ from intervale.data.images import PictureError
 from intervale.train import job as jobs
 from intervale.train.batches import Batch, Loaded, collate, load_ahead, load_step
 from intervale.train.job import Job
+from intervale.train.nonfinite import keep_step
 from intervale.train.optimizer import Optimizers, make_optimizer
 from intervale.train.parallel import World, join_world, leave_world, sum_gradients, sum_values, wait
 from intervale.train.plot import draw_losses
 from intervale.train.prepare import GIB, free_memory, set_modes, used_memory
 from intervale.train.recipe import TrainRecipe
+from intervale.train.resume import already_skipped, go_on, list_skipped, sweep
 from intervale.train.schedule import learning_rate
-from intervale.train.state import Progress, choose_checkpoint, restore, save_checkpoint, trainable
+from intervale.train.state import Progress, save_checkpoint, trainable
 from intervale.train.step import Compute, Sums, accumulate, held_out
 
 _PLOT_SECONDS, _TELL_SECONDS = 20.0, 5.0
@@ -73,8 +74,13 @@ class _Loop:
     skipped: set[str] = field(default_factory=set)
 
 
-def train(recipe: TrainRecipe, name: str, *, resume: bool, fresh: bool, dry_run: bool, tell: jobs.Tell) -> Outcome:
-    """Run a recipe called `name` to its end or to a signal. Raises: UserError; what was saved before stays."""
+def train(
+    recipe: TrainRecipe, name: str, *, resume: bool, fresh: bool, dry_run: bool, tell: jobs.Tell, accept_changes: bool = False
+) -> Outcome:
+    """Run a recipe called `name` to its end or to a signal. Raises: UserError; what was saved before stays.
+
+    `accept_changes` lets `resume` go on although recipe, data or base changed since; what changed is told.
+    """
     job = jobs.read_job(recipe, name, tell)
     if not dry_run and not fresh:
         jobs.open_folder(job, resume, fresh)  # refuse before joining other processes or loading anything
@@ -89,20 +95,25 @@ def train(recipe: TrainRecipe, name: str, *, resume: bool, fresh: bool, dry_run:
             if sum_values(world, [float(state == "done")])[0]:
                 job.tell(say(f"{job.folder} is complete already; --fresh trains it again", f"{job.folder} 已经完成；--fresh 重新训练"))
                 return Outcome("done", job.folder, job.steps(world.size))
-            with jobs.guarded(job, world, state == "new"), _gpu_memory(job):
-                return _train(job, world, state)
+            with jobs.guarded(job, world, state == "new"), _memory(job):
+                return _train(job, world, state, accept_changes)
     finally:
         leave_world(world)
 
 
 @contextmanager
-def _gpu_memory(job: Job) -> Iterator[None]:
+def _memory(job: Job) -> Iterator[None]:
+    """A device without enough memory, at the first step or a later one, is told with what to set; what was saved stays."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        gpu = isinstance(error, torch.OutOfMemoryError)
+        if not gpu and not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
         raise UserError(
-            "the GPU's memory is not enough for this recipe",
-            "halve train.batch_size and double train.accumulation (the same mathematics), set train.checkpointing: on, or lower data.max_tiles",
+            f"{'the GPU' if gpu else 'this machine'}'s memory is not enough for this recipe",
+            "halve train.batch_size and double train.accumulation (the same mathematics), set train.checkpointing: on, or lower data.max_tiles; "
+            "--resume --accept-changes goes on from the last checkpoint",
         ) from error
 
 
@@ -143,7 +154,7 @@ def _kept(job: Job, total: int) -> int:
     return saves if limit < 0 else min(saves, limit)
 
 
-def _train(job: Job, world: World, state: str) -> Outcome:
+def _train(job: Job, world: World, state: str, accept_changes: bool) -> Outcome:
     job.tell(say(f"loading {job.base}", f"载入 {job.base}"))
     network, dtype, cost = jobs.load_for(job, world)
     keep, why = jobs.keep_features(job, network, dtype)
@@ -158,11 +169,14 @@ def _train(job: Job, world: World, state: str) -> Outcome:
             f"训练 {cost.parameters:,} 个参数中的 {cost.trainable:,} 个，{str(dtype).removeprefix('torch.')}，设备 {world.device}",
         )
     )
-    progress = _restore(job, network, optimizer) if state == "resume" else Progress()
+    if world.first:
+        sweep(job.folder)
+    progress = go_on(job, network, optimizer, accept_changes) if state == "resume" else Progress()
     share, why_share = jobs.share_prefixes(job)
     if why_share:
         job.tell(why_share)
-    loop = _Loop(job, world, network, optimizer, compute, _tile_cache(job, world), total, progress, share)
+    cache = _tile_cache(job, world)
+    loop = _Loop(job, world, network, optimizer, compute, cache, total, progress, share, skipped=already_skipped(job.folder))
     if world.first:
         jobs.write_run(job, "running")
         forget_after(job.folder, progress.step)
@@ -177,24 +191,6 @@ def _tile_cache(job: Job, world: World) -> TileCache:
     """One cache for all loading threads; loading processes have one each, which together must not take more."""
     each = max(1, job.recipe.data.workers) if world.device.type == "cuda" else 1
     return TileCache(_TILES_KEPT // each)
-
-
-def _restore(job: Job, network: torch.nn.Module, optimizer: Optimizers) -> Progress:
-    chosen, skipped = choose_checkpoint(job.folder)
-    for line in skipped:
-        job.tell(say(f"skipped {line}", f"跳过 {line}"))
-    if chosen is None:
-        job.tell(say("no checkpoint to resume from: starting at step 0", "没有可恢复的检查点：从第 0 步开始"))
-        return Progress()
-    changed = jobs.changed_since(read_object(chosen / "state.json", "identity")["identity"], job)
-    if changed:
-        raise UserError(
-            f"{job.folder}: this is not the run that was started: " + "; ".join(changed),
-            "undo the changes, or use --fresh to start over (the old run is kept)",
-        )
-    progress = restore(chosen, network, optimizer)
-    job.tell(say(f"resuming from {chosen} (step {progress.step})", f"从 {chosen} 恢复（第 {progress.step} 步）"))
-    return progress
 
 
 @contextmanager
@@ -226,9 +222,7 @@ def _list_bad(loop: _Loop, bad: list[tuple[str, UserError]]) -> None:
             raise error
         if name not in loop.skipped:
             loop.skipped.add(name)
-            path = job.folder / "skipped.jsonl"
-            with disk_errors(path), open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"id": name, "why": error.what}, ensure_ascii=False) + "\n")
+            list_skipped(job.folder, name, error.what)
         if len(loop.skipped) > max(1, _BAD_SHARE * len(job.train)):
             raise UserError(
                 f"{len(loop.skipped)} items cannot be read; the last: {error.what}", "run `intervale check` on the data"
@@ -297,10 +291,14 @@ def _one_step(loop: _Loop, batches: list[Batch]) -> dict[str, Any]:
     loss, samples, positions = sum_values(world, [sums.loss, float(sums.samples), float(sums.positions)])
     mean = loss / targets if targets else 0.0
     if not math.isfinite(mean) or not math.isfinite(norm):
-        raise UserError(
-            f"step {step + 1}: the loss is {mean} and the gradient norm {norm}; the weights were not changed by this step",
-            "lower train.learning_rate, or use train.precision: fp32; --resume continues from the last checkpoint",
-        )
+        about = {
+            "loss": repr(mean),
+            "gradient_norm": repr(norm),
+            "learning_rate": rate,
+            "seed": recipe.seed,
+            "precision": str(loop.compute.dtype),
+        }
+        raise keep_step(loop.job.folder, world.rank, step + 1, batches, sums.each, about)
     if targets:
         loop.optimizer.step()
     seconds = time.monotonic() - begun

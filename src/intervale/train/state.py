@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
-from intervale.core.files import need_space, read_object, sha256_file, staged_folder, write_json
-from intervale.model.adapt import ADAPTER, CHECKPOINTS, MANIFEST, TRAINED, load_trained, save_trained, verify_checkpoint
+from intervale.core.errors import UserError
+from intervale.core.files import need_space, read_object, staged_folder, write_json
+from intervale.model.adapt import ADAPTER, CHECKPOINTS, TRAINED, load_trained, save_trained, verify_checkpoint, write_manifest
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
@@ -53,6 +54,7 @@ def save_checkpoint(
     need_space(folder, 3 * sum(parameter.nbytes for parameter in named.values()))
     if folder.is_dir():
         if not verify_checkpoint(folder):
+            _rotate(folder, keep)  # a kill may have come between the save and this
             return folder
         shutil.rmtree(folder)  # damaged; what is written now takes its place
     with staged_folder(folder) as aside:
@@ -64,17 +66,20 @@ def save_checkpoint(
                 moments[f"{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
         save_file(moments, aside / OPTIMIZER)
         write_json(aside / STATE, asdict(progress) | {"identity": identity})
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(aside.iterdir())}
-        write_json(aside / MANIFEST, {"step": progress.step, "files": files})
-    _rotate(run / CHECKPOINTS, keep)
+        write_manifest(aside, progress.step)
+    _rotate(folder, keep)
     return folder
 
 
-def _rotate(folder: Path, keep: int) -> None:
+def _rotate(newest: Path, keep: int) -> None:
+    """Keep the newest `keep` up to the one just written. Later ones were found damaged by the resume that led here."""
     if keep < 0:
         return
-    for old in sorted(folder.glob("step-*"), key=lambda path: path.name)[:-keep]:
-        shutil.rmtree(old)
+    names = sorted(path.name for path in newest.parent.glob("step-*"))
+    kept = [name for name in names if name <= newest.name][-keep:]
+    for name in names:
+        if name not in kept:
+            shutil.rmtree(newest.parent / name)
 
 
 def choose_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
@@ -89,19 +94,32 @@ def choose_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def restore(folder: Path, network: torch.nn.Module, optimizer: Stateful) -> Progress:
-    """Put a checkpoint's weights and optimizer state into a network that is prepared for training the same way."""
+    """Put a checkpoint's weights and optimizer state into a network that is prepared for training the same way.
+
+    Raises: UserError when a tensor does not fit; then the network is not to be used.
+    """
     if (folder / TRAINED).is_file():
         load_trained(network, folder / TRAINED)
-    if (folder / ADAPTER).is_file():
-        parameters = dict(network.named_parameters())
-        for name, tensor in load_file(folder / ADAPTER).items():
-            own = name.removeprefix("base_model.model.").replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
-            with torch.no_grad():
-                parameters[own].copy_(tensor)
+    parameters = dict(network.named_parameters())
+    for name, tensor in (load_file(folder / ADAPTER) if (folder / ADAPTER).is_file() else {}).items():
+        own = name.removeprefix("base_model.model.").replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
+        with torch.no_grad():
+            _fitting(folder, own, parameters.get(own), tensor).copy_(tensor)
     moments = load_file(folder / OPTIMIZER)
     for name, parameter in trainable(network).items():
         entries = {key: moments[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in moments}
+        for key in entries.keys() - {"step"}:
+            _fitting(folder, name, parameter, entries[key])
         if entries:
             optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
     state = read_object(folder / STATE, "step", "samples", "tokens", "seconds")
     return Progress(state["step"], state["samples"], state["tokens"], state["seconds"])
+
+
+def _fitting(folder: Path, name: str, own: torch.Tensor | None, stored: torch.Tensor) -> torch.Tensor:
+    if own is None or own.shape != stored.shape:
+        here = "not in this network" if own is None else f"{list(own.shape)} here"
+        raise UserError(
+            f"{folder}: {name} is {list(stored.shape)} there and {here}", "undo the change of model, lora or what learns, or use --fresh"
+        )
+    return own

@@ -33,13 +33,14 @@ class Compute:
 
 @dataclass
 class Sums:
-    """Added up over micro-batches: loss, correct targets, targets, positions."""
+    """Added up over micro-batches: loss, correct targets, targets, positions; `each` is the loss of every micro-batch."""
 
     loss: float = 0.0
     correct: int = 0
     targets: int = 0
     positions: int = 0
-    samples: int = field(default=0)
+    samples: int = 0
+    each: list[float] = field(default_factory=list)
 
 
 def _features(network: InternVLForConditionalGeneration, batch: Batch, compute: Compute) -> torch.Tensor | None:
@@ -88,7 +89,8 @@ def held_out(network: InternVLForConditionalGeneration, batches: Iterable[Batch]
 
 
 def _count(sums: Sums, batch: Batch, losses_N: torch.Tensor, correct_N: torch.Tensor) -> None:
-    sums.loss += float(losses_N.detach().sum())
+    sums.each.append(float(losses_N.detach().sum()))
+    sums.loss += sums.each[-1]
     sums.correct += int(correct_N.sum())
     sums.targets += len(losses_N)
     sums.positions += batch.ids_1T.numel()
