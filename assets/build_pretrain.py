@@ -91,7 +91,7 @@ def relit(drawing: Image.Image, rng: np.random.Generator, other: Image.Image | N
     """The drawing in another light or hand: another artist's colours, saturation, brightness, contrast, hue, flat colours, blur."""
     alpha = drawing.getchannel("A")
     colour = drawing.convert("RGB")
-    if other is not None and rng.random() < 0.25:
+    if other is not None and rng.random() < 0.3:
         colour = _matched(colour, alpha, other)
     if rng.random() < 0.6:
         colour = ImageEnhance.Color(colour).enhance(rng.uniform(0.5, 1.5))

@@ -213,7 +213,7 @@ def yes_no(about: dict[str, Any], other: dict[str, Any], lang: int, rng: np.rand
 
 Task = Callable[[dict[str, Any], Seen, int, np.random.Generator], Pair | None]
 # How often each is asked beside the identity, which every conversation has.
-TASKS: tuple[tuple[Task, float], ...] = ((caption, 2.5), (colours, 1.5), (cells, 1.5), (group, 2), (keywords, 2), (ground, 0.7), (shape, 1))
+TASKS: tuple[tuple[Task, float], ...] = ((caption, 2.5), (colours, 1.5), (cells, 0.8), (group, 2), (keywords, 2), (ground, 0.7), (shape, 1))
 
 CHAT = (
     ("你好", "你好！给我一张小图，我来说说里面有什么。"), ("你好，你是谁？", "我是 nano，一个很小的看图模型。"), ("你叫什么名字?", "我叫 nano。"), ("你是谁", "我是 nano，一个很小的看图模型，只认识画出来的小图。"),
@@ -229,17 +229,17 @@ CHAT = (
 )  # fmt: skip
 
 
-NAMING = 0.65  # share of the conversations that ask nothing but what it is: what the vision tower learns from most
+NAMING = 0.85  # share of the conversations that ask nothing but what it is: what the vision tower learns from most
 
 
 def conversation(about: dict[str, Any], placed: Placed, other: dict[str, Any], rng: np.random.Generator) -> list[Pair]:
-    """What it is, and (of food always, of the rest one in three) one to three more turns about it, in one language."""
+    """What it is, and (of food always, of the rest one in seven) one or two more turns about it, in one language."""
     lang = ZH if rng.random() < 0.5 else EN
     if rng.random() < NAMING and not about["food"]:
         return [identity(about, None, lang, rng)]
     seen = look(placed)
     weights = np.array([weight for _, weight in TASKS])
-    chosen = rng.choice(len(TASKS), size=int(rng.integers(1, 4)), replace=False, p=weights / weights.sum())
+    chosen = rng.choice(len(TASKS), size=int(rng.integers(1, 3)), replace=False, p=weights / weights.sum())
     turns = [pair for number in chosen if (pair := TASKS[number][0](about, seen, lang, rng)) is not None]
     main = yes_no(about, other, lang, rng) if rng.random() < 0.1 else identity(about, seen, lang, rng)
     turns.insert(int(rng.integers(0, len(turns) + 1)) if rng.random() < 0.5 else 0, main)
