@@ -103,6 +103,7 @@ class Scheduler:
                 what = f"{waiting} requests are waiting already, {own} of them yours; the limit is {self._room}, three quarters of it for one visitor"
                 raise EngineError(what, "try again in a few seconds", "busy", 2)
             floor.waiting.setdefault(job.request.visitor, deque()).append(job)
+            self._admit()
             self._changed.notify()
 
     def _leave(self, job: _Job) -> None:
