@@ -3,6 +3,7 @@
 import concurrent.futures
 import gc
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -11,12 +12,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from serve_fixture import asking, data_url, encoded, live, picture
 
 from intervale.engine.api import ChatTurn, Request, Sampling
 from intervale.engine.local import Face, LocalEngine, answer
 from intervale.engine.scheduler import Scheduler
 from intervale.model.load import Model, load_model
-from serve_fixture import asking, data_url, encoded, live, picture
 
 DISH = picture(1)
 URL = data_url(encoded(DISH))
@@ -121,13 +122,17 @@ def test_low_detail_is_one_tile(client: openai.OpenAI) -> None:
 
 
 def test_of_64_parallel_requests_one_poisoned_63_are_right(client: openai.OpenAI, model: Model) -> None:
-    damaged = data_url(encoded(DISH, "JPEG")[:300], "image/jpeg")
+    damaged = data_url(encoded(DISH, "JPEG")[:-900], "image/jpeg")
     wanted = {number: expected(model, f"菜{number}?", 8, DISH) for number in range(4)}
 
     def one(number: int) -> str:
         url = damaged if number == 13 else URL
         asked = client.chat.completions.create(  # type: ignore[call-overload]
-            model=("tuned", "base")[number % 2], messages=asking(f"菜{number % 4}?", url), temperature=0, max_tokens=8, stream=number % 3 == 0
+            model=("tuned", "base")[number % 2],
+            messages=asking(f"菜{number % 4}?", url),
+            temperature=0,
+            max_tokens=8,
+            stream=number % 3 == 0,
         )
         if number % 3 == 0:
             return "".join(chunk.choices[0].delta.content or "" for chunk in asked)
@@ -153,9 +158,13 @@ def test_200_disconnects_leak_no_place_thread_or_memory(url: str, desk: Schedule
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body(True), timeout=30) as got:
             if number % 2:
                 next(got.iter_lines())
-    for _ in range(100):
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{url}/v1/chat/completions", json=body(False), timeout=httpx.Timeout(30, read=0.03))
+    host, port = url.removeprefix("http://").split(":")
+    raw = json.dumps(body(False)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    for number in range(100):
+        with socket.create_connection((host, int(port))) as sock:
+            sock.sendall(head.encode() + raw)
+            time.sleep(0.001 * (number % 20))  # before it is read, while it waits, while it is answered
     for _ in range(500):
         load = desk.load()
         if load.active == load.waiting == 0:
@@ -166,7 +175,7 @@ def test_200_disconnects_leak_no_place_thread_or_memory(url: str, desk: Schedule
     gc.collect()
     assert not [one for one in gc.get_objects() if type(one).__name__ == "_Job"]
     text = httpx.get(f"{url}/metrics").text
-    assert float(text.split("\nintervale_cancelled_total ")[1].split("\n")[0]) >= 190
+    assert float(text.split("\nintervale_cancelled_total ")[1].split("\n")[0]) >= 100
     assert client.chat.completions.create(model="tuned", messages=asking("ok?"), max_tokens=1).choices  # type: ignore[arg-type]
 
 

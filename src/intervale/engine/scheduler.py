@@ -146,6 +146,7 @@ class Scheduler:
             if done:
                 with self._changed:
                     floor.running = [job for job in floor.running if job not in done]
+            del running, done  # while it waits for the next request, this thread holds nothing of the last
         for job in jobs:
             self._end(job)
             job.tell(EngineError("the server is stopping", "try again later", "engine_unavailable", 5))
@@ -176,7 +177,8 @@ class Scheduler:
         return not piece.finish
 
     def _end(self, job: _Job) -> None:
-        close = getattr(job.stream, "close", None)
+        stream, job.stream = job.stream, None
+        close = getattr(stream, "close", None)
         if close is not None:
             with contextlib.suppress(Exception):
                 close()

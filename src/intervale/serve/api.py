@@ -95,6 +95,8 @@ async def _chat(http: HttpRequest, desk: Desk, limits: Limits, media: MediaLimit
     if http.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         # Also what keeps other sites out: a browser sends this type only after asking, and we never say yes.
         raise ApiError(415, "unsupported_media_type", "send the request with Content-Type: application/json")
+    if http.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "unsupported_media_type", "send the request without compression")
     body = await asyncio.to_thread(read_chat, await read_body(http.receive))
     doing.model = _known(desk, body.model)
     request = await _unless_gone(http, _asked(body, limits, media, http.state.visitor))

@@ -81,12 +81,15 @@ def read_data_url(url: str, place: str, most: int) -> bytes:
             "invalid_image_url", f"{place}: the data URL must begin with data:image/jpeg;base64, (or png, webp, bmp, gif, tiff)", place
         )
     size = (len(url) - head.end()) * 3 // 4
-    if size > most + 2:
+    if size > most + 2:  # padding stands for up to two bytes
         raise bad("image_too_large", f"{place}: the picture has about {size:,} bytes; the limit is {most:,}", place)
     try:
-        return base64.b64decode(url[head.end() :].encode("ascii"), validate=True)
+        data = base64.b64decode(url[head.end() :].encode("ascii"), validate=True)
     except (binascii.Error, ValueError):
         raise bad("invalid_image_url", f"{place}: the data URL is not valid base64", place) from None
+    if len(data) > most:
+        raise bad("image_too_large", f"{place}: the picture has {len(data):,} bytes; the limit is {most:,}", place)
+    return data
 
 
 def _photo(data: bytes, place: str, limits: MediaLimits, tiles: int | None) -> Photo:

@@ -30,7 +30,7 @@ class Metrics:
 
     def __init__(self, desk: Desk) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(_Busy(desk))  # type: ignore[arg-type]
+        self.registry.register(_Busy(desk))
 
         def count(name: str, about: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(name, about, labels, registry=self.registry)
