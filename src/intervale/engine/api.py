@@ -29,6 +29,10 @@ class RefusedError(UserError):
         return type(self), (self.what, self.fix, self.code)
 
 
+class UpstreamRefusedError(RefusedError):
+    """A request that another server refused. Its words stand in `fix`: for a terminal, not for a gateway's clients."""
+
+
 class EngineError(OutsideError):
     """The engine itself failed, or has no room. `code` is stable; `retry_after` (seconds) is set where trying again may help."""
 

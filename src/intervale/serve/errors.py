@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 
 from intervale.core.errors import UserError
 from intervale.data.images import PictureError
-from intervale.engine.api import EngineError, RefusedError
+from intervale.engine.api import EngineError, RefusedError, UpstreamRefusedError
 
 # Codes of an engine's own failures -> HTTP status; everything else it refuses is the client's (400).
 _ENGINE_STATUS = {"busy": 429, "engine_unavailable": 503, "out_of_memory": 503, "engine_interrupted": 502, "upstream_failed": 502}
@@ -54,7 +54,9 @@ def as_api_error(error: BaseException) -> ApiError | None:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineError):
-        return ApiError(_ENGINE_STATUS.get(error.code, 500), error.code, f"{error.what}; {error.fix}", None, error.retry_after)
+        return ApiError(_ENGINE_STATUS.get(error.code, 500), error.code, error.what, None, error.retry_after)
+    if isinstance(error, UpstreamRefusedError):
+        return bad(error.code, error.what, "messages")
     if isinstance(error, RefusedError):
         param = "model" if error.code == "model_not_found" else "messages"
         return ApiError(_REFUSED_STATUS.get(error.code, 400), error.code, f"{error.what}; {error.fix}", param)
