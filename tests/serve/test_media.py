@@ -23,11 +23,21 @@ class Web(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         self.went.append((request.url.host, request.headers["host"], request.extensions.get("sni_hostname")))
         page = self.pages[request.url.path]
+        if isinstance(page, bytes):
+            return httpx.Response(200, stream=Once(page))
         return page() if callable(page) else page
 
 
+class Once(httpx.AsyncByteStream):
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self.data
+
+
 def fetch(url: str, pages: dict[str, Any] | None = None, names: dict[str, Any] | None = None) -> tuple[bytes, Web]:
-    web = Web(pages or {"/a.png": httpx.Response(200, content=b"picture")})
+    web = Web(pages or {"/a.png": b"picture"})
 
     async def find(host: str, port: int) -> list[str]:
         found = (names or {}).get(host, [PUBLIC])
@@ -107,7 +117,7 @@ def test_each_redirect_is_checked_anew(place: str, code: str) -> None:
 
 
 def test_a_redirect_to_a_public_picture_is_followed_and_one_without_a_place_is_not() -> None:
-    data, web = fetch("http://x.example/go", {"/go": to("https://y.example/a.png", 307), "/a.png": httpx.Response(200, content=b"p")})
+    data, web = fetch("http://x.example/go", {"/go": to("https://y.example/a.png", 307), "/a.png": b"p"})
     assert (data, len(web.went)) == (b"p", 2)
     assert refused("http://x.example/go", pages={"/go": httpx.Response(302)}) == "image_fetch_failed"
     assert refused("http://x.example/go", pages={"/go": httpx.Response(404)}) == "image_fetch_failed"
@@ -120,5 +130,5 @@ def test_size_and_time_are_bounded() -> None:
                 await asyncio.sleep(0.05)
                 yield b"x"
 
-    assert refused("http://x.example/a", pages={"/a": httpx.Response(200, content=b"x" * 2000)}) == "image_too_large"
+    assert refused("http://x.example/a", pages={"/a": b"x" * 2000}) == "image_too_large"
     assert refused("http://x.example/a", pages={"/a": httpx.Response(200, stream=Slow())}) == "image_fetch_failed"

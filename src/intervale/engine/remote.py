@@ -12,7 +12,7 @@ import base64
 import io
 import json
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ _LONGEST_PAUSE = 30.0  # seconds, also where the server asks for more
 _LONGEST_EVENT = 4 << 20  # bytes of one line
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _RetryError(Exception):
     """Not now; `after` seconds if the server said so, and what to tell when it stays that way."""
 
@@ -90,6 +90,7 @@ class RemoteEngine:
         finally:
             loop.run_until_complete(pieces.aclose())
             loop.run_until_complete(self._drop_client())
+            loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
     async def answer(self, request: Request) -> AsyncGenerator[Delta, None]:
@@ -255,21 +256,22 @@ async def _pieces(got: httpx.Response) -> AsyncGenerator[Delta, None]:
 
 
 async def _events(got: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
-    async for line in _lines(got):
-        if not line.startswith("data:"):
-            continue
-        data = line[5:].strip()
-        if data == "[DONE]":
-            return
-        try:
-            event = json.loads(data)
-        except ValueError as error:
-            raise httpx.RemoteProtocolError("an event that is not JSON") from error
-        if isinstance(event, dict):
-            yield event
+    async with aclosing(_lines(got)) as lines:
+        async for line in lines:
+            if not line.startswith("data:"):
+                continue
+            data = line[5:].strip()
+            if data == "[DONE]":
+                return
+            try:
+                event = json.loads(data)
+            except ValueError as error:
+                raise httpx.RemoteProtocolError("an event that is not JSON") from error
+            if isinstance(event, dict):
+                yield event
 
 
-async def _lines(got: httpx.Response) -> AsyncIterator[str]:
+async def _lines(got: httpx.Response) -> AsyncGenerator[str, None]:
     rest = b""
     async for part in got.aiter_bytes():
         *lines, rest = (rest + part).split(b"\n")

@@ -130,7 +130,7 @@ async def _checked(text: str, find: Resolve) -> tuple[httpx.URL, str]:
         url = httpx.URL(text)
     except Exception:
         raise bad("invalid_image_url", "not a web address") from None
-    if url.scheme not in _PORTS or not url.host or url.userinfo:
+    if url.scheme not in _PORTS or not re.fullmatch(r"[A-Za-z0-9.\-:]+", url.host) or url.userinfo:
         raise bad("invalid_image_url", "only http(s)://host/path is a web address here")
     if (url.port or _PORTS[url.scheme]) != _PORTS[url.scheme]:
         raise bad("invalid_image_url", "only the ports 80 (http) and 443 (https) are allowed")
