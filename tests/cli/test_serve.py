@@ -84,6 +84,8 @@ def test_a_gateway_in_front_of_another_server_passes_everything_on(tiny: Path) -
         (["--base-url", "http://x/v1"], "without --engine remote"),
         (["--adapter", "MODEL"], "not a training run"),
         (["--api-key-file", "/nowhere"], "cannot be read"),
+        (["--engine", "vllm", "--device", "cpu"], "--device without --engine local"),
+        (["--engine", "lmdeploy", "--engine-python", "/nowhere/python"], "not a Python that runs"),
     ],
 )
 def test_what_does_not_fit_together_is_two_lines(tiny: Path, words: list[str], why: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from intervale.core.errors import UserError
-from intervale.engine.local import Face, LocalEngine, faces_of
+from intervale.engine.local import CACHE_BYTES, FEATURE_BYTES, Face, LocalEngine, faces_of
 from intervale.engine.scheduler import ACTIVE, WAITING, Scheduler
 from intervale.model.adapt import checkpoint_of
 from intervale.model.load import as_device, load_model, load_text_side, resolve_model
@@ -43,8 +43,11 @@ def local_desk(
     max_tiles: int | None = None,
     active: int = ACTIVE,
     waiting: int = WAITING,
+    cache_bytes: int = FEATURE_BYTES + CACHE_BYTES,
 ) -> Scheduler:
     """`model` answers, and beside it `base`; or `model` is the base of `adapter` (a run). A run brings its own base along.
+
+    `cache_bytes`: a third for pictures, the rest for conversations.
 
     Raises: UserError when they do not fit together.
     """
@@ -63,4 +66,6 @@ def local_desk(
         if base is not None:
             one, two = two_names(model, base)
             faces = {one: Face(first), two: Face(load_model(base, dtype=dtype, device=device, max_tiles=max_tiles))}
-    return Scheduler(LocalEngine(next(iter(faces.values())).model, faces), tuple(faces), active=active, waiting=waiting)
+    first_model = next(iter(faces.values())).model
+    engine = LocalEngine(first_model, faces, feature_bytes=cache_bytes // 3, cache_bytes=cache_bytes - cache_bytes // 3)
+    return Scheduler(engine, tuple(faces), active=active, waiting=waiting)
