@@ -71,6 +71,7 @@ def serve(
     remote_images: _Remote = False,
 ) -> None:
     """Answer over HTTP: OpenAI's API on one port, for this machine unless told otherwise."""
+    from intervale.data.images import max_pixels
     from intervale.serve.app import Serving, create_app, door_rules, open_port, run
     from intervale.serve.door import read_keys
     from intervale.serve.limits import Limits
@@ -78,7 +79,8 @@ def serve(
 
     keys = read_keys(api_key_file, os.environ.get("INTERVALE_API_KEYS", ""))
     limits = Limits(new_tokens=max_new_tokens, default_new_tokens=min(512, max_new_tokens))
-    serving = Serving(door_rules(host, keys, tuple(allow_host or ()), limits, insecure=insecure), MediaLimits(remote=remote_images))
+    media = MediaLimits(remote=remote_images, picture_pixels=max_pixels())
+    serving = Serving(door_rules(host, keys, tuple(allow_host or ()), limits, insecure=insecure), media)
     _refuse_strays(engine, base_url=base_url, engine_python=engine_python, adapter=adapter, base=base, device=device, max_tiles=max_tiles)
     sock = open_port(host, port)
     if engine == "remote":

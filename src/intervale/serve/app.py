@@ -30,6 +30,7 @@ from intervale.serve.media import MediaLimits
 from intervale.serve.metrics import Metrics
 
 Page = Callable[[FastAPI], FastAPI]
+_MOST_CONNECTIONS = 800  # below the usual limit of 1024 open files
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ def run(app: FastAPI, sock: socket.socket, ready: Callable[[], None] = lambda: N
         log_level="warning",
         timeout_graceful_shutdown=3,
         server_header=False,
+        limit_concurrency=_MOST_CONNECTIONS,
         proxy_headers=False,
     )
     server = _Server(config, ready)

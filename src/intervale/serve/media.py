@@ -50,7 +50,7 @@ async def photos_of(urls: list[tuple[str, str, int | None]], limits: MediaLimits
     photos, pixels = [], 0
     for place, url, tiles in urls:
         data = await _bytes_of(url, place, limits, fetch)
-        photo = await asyncio.to_thread(_photo, data, place, limits, tiles)
+        photo = await asyncio.to_thread(checked_photo, data, place, limits, tiles)
         pixels += photo.size[0] * photo.size[1]
         if pixels > limits.request_pixels:
             raise bad("image_too_large", f"the pictures have {pixels:,} pixels together; the limit is {limits.request_pixels:,}", place)
@@ -92,7 +92,10 @@ def read_data_url(url: str, place: str, most: int) -> bytes:
     return data
 
 
-def _photo(data: bytes, place: str, limits: MediaLimits, tiles: int | None) -> Photo:
+def checked_photo(data: bytes, place: str, limits: MediaLimits, tiles: int | None = None) -> Photo:
+    """An encoded picture whose header was read and whose size is allowed. Raises: ApiError or PictureError naming `place`."""
+    if len(data) > limits.picture_bytes:
+        raise bad("image_too_large", f"{place}: the picture has {len(data):,} bytes; the limit is {limits.picture_bytes:,}", place)
     size = picture_size(data, place)
     if size[0] * size[1] > limits.picture_pixels:
         what = f"{place}: {size[0]}x{size[1]} is {size[0] * size[1]:,} pixels; the limit is {limits.picture_pixels:,}"
