@@ -9,17 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from intervale.core.files import write_json
 from intervale.engine import local
 from intervale.engine.api import ChatTurn, Delta, Photo, Request, Sampling
 from intervale.engine.local import LocalEngine, answer, faces_of
 from intervale.engine.reuse import Conversations, Features, Kept, Span, shared_length
 from intervale.engine.scheduler import Scheduler
 from intervale.engine.text import spoken
-from intervale.model.adapt import attach_lora, save_trained, trained_tensors
 from intervale.model.load import Model, load_model
 from intervale.model.pair import load_pair
-from intervale.model.source import fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -155,27 +152,6 @@ def test_a_stop_text_ends_the_answer_and_no_part_of_it_is_told() -> None:
     assert run("aSTaSTOb", "STOP") == (["a", "", "", "STa", "", "", "", "STOb", ""], "length")
     assert run("ab\0", "x") == (["a", "b", ""], "stop")
     assert "".join(run("abcabd", "abd", "zz")[0]) == "abc"
-
-
-@pytest.fixture(scope="module")
-def run_folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with LoRA (B not 0) and a projector that was trained whole."""
-    tuned = load_model(tiny, device="cpu")
-    network = tuned.network
-    attach_lora(network, 4, 8, 0.0, "llm")
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in network.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.3, generator=generator)
-        if "multi_modal_projector" in name:
-            parameter.requires_grad_(True)
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    folder = tmp_path_factory.mktemp("run") / "checkpoint"
-    folder.mkdir()
-    save_trained(folder, network, {"name": "tiny", "folder": str(tiny), "fingerprint": fingerprint(tiny)})
-    assert trained_tensors(network)
-    write_json(folder / "x.json", {})
-    return folder
 
 
 def questions(count: int) -> list[list[ChatTurn]]:
