@@ -221,3 +221,26 @@ def test_a_page_is_mounted_behind_the_door_and_streams_in_this_process() -> None
     with live(Scheduler(Speaker(), ("echo",)), page=page) as url:
         assert httpx.get(url).text == "hello"
         assert raw_http(url, b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n").split(b" ")[1] == b"421"
+
+
+def test_many_streams_at_once_say_the_same_in_fewer_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    import concurrent.futures
+    import json
+
+    from intervale.serve import api
+
+    monkeypatch.setattr(api, "_CROWD", 0)
+
+    def text(url: str, words: str) -> tuple[str, str]:
+        body = {"model": "echo", "messages": asking(words), "stream": True}
+        lines = [line[6:] for line in httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).text.split("\n\n") if line]
+        chunks = [json.loads(line) for line in lines if line != "[DONE]"]
+        return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if "choices" in chunk), lines[-1]
+
+    with live(Scheduler(Speaker(), ("echo",))) as url, concurrent.futures.ThreadPoolExecutor(16) as pool:
+        said = list(pool.map(lambda number: text(url, f"{number} " * 50), range(16)))
+    assert said == [(f"{number} " * 50, "[DONE]") for number in range(16)]
+    with live(Scheduler(Speaker(fault="x", after=5), ("echo",))) as url:
+        said_before, last = text(url, "hello there")
+        assert said_before == "hello"
+        assert "engine_failed" in last

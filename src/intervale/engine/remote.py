@@ -107,7 +107,8 @@ class RemoteEngine:
             )
         self._active += 1
         try:
-            body = await asyncio.to_thread(_body, request, model)
+            large = any(isinstance(part, Image.Image) for turn in request.turns for part in turn.parts)  # to be compressed
+            body = await asyncio.to_thread(_body, request, model) if large else _body(request, model)
             for attempt in range(self._retries + 1):
                 try:
                     async with aclosing(self._attempt(body)) as pieces:

@@ -30,6 +30,9 @@ from intervale.serve.schema import ChatBody, read_chat
 
 log = logging.getLogger("intervale.serve")
 _T = TypeVar("_T")
+_SMALL = 1 << 20  # bytes of a body that are read faster than a thread is found for it
+_CROWD, _PACE = 8, 0.01  # with more answers than that, events of a stream come at most every so many seconds
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class _GoneError(Exception):
@@ -97,7 +100,8 @@ async def _chat(http: HttpRequest, desk: Desk, limits: Limits, media: MediaLimit
         raise ApiError(415, "unsupported_media_type", "send the request with Content-Type: application/json")
     if http.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "unsupported_media_type", "send the request without compression")
-    body = await asyncio.to_thread(read_chat, await read_body(http.receive))
+    raw = await read_body(http.receive)
+    body = read_chat(raw) if len(raw) < _SMALL else await asyncio.to_thread(read_chat, raw)
     doing.model = _known(desk, body.model)
     request = await _unless_gone(http, _asked(body, limits, media, http.state.visitor))
     pieces = desk.answer(request)
@@ -111,7 +115,8 @@ async def _chat(http: HttpRequest, desk: Desk, limits: Limits, media: MediaLimit
         await pieces.aclose()
         raise
     usage = body.stream_options is not None and body.stream_options.include_usage
-    return _Events(pieces, _events(pieces, first, doing, metrics, usage))
+    steady = _paced(first, pieces) if desk.load().active > _CROWD else _from(first, pieces)
+    return _Events(pieces, _events(steady, doing, metrics, usage))
 
 
 def _known(desk: Desk, name: str) -> str:
@@ -212,9 +217,7 @@ class _Events(StreamingResponse):
             await self._pieces.aclose()
 
 
-async def _events(
-    pieces: AsyncGenerator[Delta, None], first: Delta, doing: _Answering, metrics: Metrics, usage: bool
-) -> AsyncGenerator[bytes, None]:
+async def _events(pieces: AsyncGenerator[Delta, None], doing: _Answering, metrics: Metrics, usage: bool) -> AsyncGenerator[bytes, None]:
     """The stream's events; the role first, then the text, then the reason it ended."""
 
     def chunk(delta: dict[str, str], finish: str | None = None) -> bytes:
@@ -223,12 +226,13 @@ async def _events(
 
     try:
         yield chunk({"role": "assistant", "content": ""})
-        async for piece in _from(first, pieces):
-            doing.saw(piece)
-            if piece.text:
-                yield chunk({"content": piece.text})
-            if piece.finish:
-                yield chunk({}, piece.finish)
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                doing.saw(piece)
+                if piece.text:
+                    yield chunk({"content": piece.text})
+                if piece.finish:
+                    yield chunk({}, piece.finish)
         if usage:
             yield _event(_head(doing, "chat.completion.chunk") | {"choices": [], "usage": _usage(doing.last)})
         yield b"data: [DONE]\n\n"
@@ -239,15 +243,53 @@ async def _events(
         _finish(metrics, doing)
 
 
-async def _from(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+async def _from(first: Delta, rest: AsyncIterator[Delta]) -> AsyncGenerator[Delta, None]:
     yield first
     if not first.finish:
         async for piece in rest:
             yield piece
 
 
+async def _paced(first: Delta, rest: AsyncIterator[Delta]) -> AsyncGenerator[Delta, None]:
+    """The pieces, those of each hundredth of a second as one: with many streams at once, sending is what costs."""
+    yield first
+    if first.finish:
+        return
+    came, waiting, faults = asyncio.Event(), list[Delta](), list[Exception]()
+
+    async def read() -> None:
+        try:
+            async for piece in rest:
+                waiting.append(piece)
+                came.set()
+        except Exception as error:
+            faults.append(error)
+        came.set()
+
+    task = asyncio.create_task(read())
+    try:
+        while True:
+            await came.wait()
+            await asyncio.sleep(_PACE)
+            came.clear()
+            some, waiting[:] = list(waiting), []
+            if some:
+                last = some[-1]
+                yield Delta("".join(piece.text for piece in some), last.tokens, last.finish, last.prompt_tokens, last.reused)
+                if last.finish:
+                    return
+            if faults:
+                raise faults[0]
+            if task.done() and not waiting:
+                return
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
 def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n\n"
+    return b"data: " + _encode(value).encode("utf-8", "replace") + b"\n\n"
 
 
 def _head(doing: _Answering, kind: str) -> dict[str, Any]:
