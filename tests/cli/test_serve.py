@@ -100,3 +100,16 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded() -> None:
         done = intervale("serve", "/nowhere", "--port", taken.getsockname()[1])
     assert done.returncode == 1
     assert "in use" in done.stderr
+
+
+def test_quickstart_can_end_in_serving_its_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from intervale.cli import quickstart, serve
+
+    asked: list[str] = []
+    monkeypatch.setattr(quickstart, "_open", lambda *words: {"status": "done"})
+    monkeypatch.setattr(quickstart, "_told", lambda *words: [])
+    monkeypatch.setattr(serve, "serve", asked.append)
+    quickstart.quickstart(tmp_path)
+    assert asked == []
+    quickstart.quickstart(tmp_path, then_serve=True)
+    assert asked == [str(tmp_path / "run")]
