@@ -34,6 +34,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def run_folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with LoRA (B not 0) and a projector that was trained whole."""
+    import torch
+
+    from intervale.model.adapt import attach_lora, save_trained, trained_tensors
+    from intervale.model.load import load_model
+    from intervale.model.source import fingerprint
+
+    tuned = load_model(tiny, device="cpu")
+    network = tuned.network
+    attach_lora(network, 4, 8, 0.0, "llm")
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.3, generator=generator)
+        if "multi_modal_projector" in name:
+            parameter.requires_grad_(True)
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    folder = tmp_path_factory.mktemp("run") / "checkpoint"
+    folder.mkdir()
+    save_trained(folder, network, {"name": "tiny", "folder": str(tiny), "fingerprint": fingerprint(tiny)})
+    assert trained_tensors(network)
+    return folder
+
+
 def draw_plates(folder: Path, count: int, name: str = "train.jsonl", seed: int = 0) -> Path:
     """A data set of `count` coloured plates of several sizes: what colour is it? Returns the JSONL file."""
     (folder / "images").mkdir(parents=True, exist_ok=True)

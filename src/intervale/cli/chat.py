@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,15 +13,13 @@ from intervale.cli.output import note
 from intervale.core.lang import say
 
 if TYPE_CHECKING:
-    from intervale.engine.api import ChatTurn, Sampling
-    from intervale.engine.local import LocalEngine
+    from intervale.engine.api import ChatTurn, Engine, Sampling
 
 _COMMANDS = ("/image", "/clear", "/exit", "/quit")
-_CPU_TILES = 4  # a 448-pixel tile takes about 4 s on two cores
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model folder, a training run, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a training run, or a hub id; with --base-url: a model's name there.")],
     question: Annotated[str | None, typer.Argument(help="Asked once; without it the chat is interactive.")] = None,
     image: Annotated[list[Path] | None, typer.Option("-i", "--image", help="A picture to talk about. Repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 512,
@@ -31,24 +30,16 @@ def chat(
         int | None, typer.Option(min=1, help="Tiles a picture (default: the model's; at most 4 on a CPU for 448-pixel tiles).")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda when there is one).")] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Ask an OpenAI-compatible server, like http://127.0.0.1:8000/v1; its key: INTERVALE_REMOTE_KEY.")
+    ] = None,
 ) -> None:
     """Ask a model about pictures; the answer appears as it is made."""
     from intervale.data.images import load_picture
     from intervale.engine.api import Sampling
-    from intervale.engine.local import LocalEngine
-    from intervale.model.load import as_device, load_model, load_text_side
 
     pictures = [load_picture(path) for path in image or []]
-    tiling = load_text_side(model).tiling
-    if max_tiles is None and as_device(device).type == "cpu" and tiling.tile_size >= 448 and tiling.max_tiles > _CPU_TILES:
-        max_tiles = _CPU_TILES
-        note(
-            say(
-                f"on the CPU a picture is cut into at most {_CPU_TILES} tiles; --max-tiles changes that",
-                f"CPU 上每张图最多切 {_CPU_TILES} 块；可用 --max-tiles 修改",
-            )
-        )
-    engine = LocalEngine(load_model(model, device=device, max_tiles=max_tiles))
+    engine = _engine(model, device, max_tiles, base_url)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if question is not None:
         _ask(engine, [], question, pictures, sampling)
@@ -56,7 +47,31 @@ def chat(
     _converse(engine, pictures, sampling)
 
 
-def _ask(engine: LocalEngine, turns: list[ChatTurn], question: str, pictures: list, sampling: Sampling) -> list[ChatTurn]:
+def _engine(model: str, device: str | None, max_tiles: int | None, base_url: str | None) -> Engine:
+    """The model in this process, or the server at `base_url`."""
+    from intervale.core.errors import UserError
+
+    if base_url is not None:
+        from intervale.engine.remote import RemoteEngine
+
+        if device is not None or max_tiles is not None:
+            raise UserError("--device and --max-tiles belong to a model in this process", "leave them out with --base-url")
+        return RemoteEngine(base_url, (model,), os.environ.get("INTERVALE_REMOTE_KEY", ""))
+    from intervale.engine.desks import CPU_TILES, default_tiles
+    from intervale.engine.local import LocalEngine
+    from intervale.model.load import load_model
+
+    if max_tiles is None and (max_tiles := default_tiles(model, device)) is not None:
+        note(
+            say(
+                f"on the CPU a picture is cut into at most {CPU_TILES} tiles; --max-tiles changes that",
+                f"CPU 上每张图最多切 {CPU_TILES} 块；可用 --max-tiles 修改",
+            )
+        )
+    return LocalEngine(load_model(model, device=device, max_tiles=max_tiles))
+
+
+def _ask(engine: Engine, turns: list[ChatTurn], question: str, pictures: list, sampling: Sampling) -> list[ChatTurn]:
     """Stream one answer to stdout; returns the conversation with it."""
     from intervale.engine.api import ChatTurn, Request
 
@@ -75,7 +90,7 @@ def _ask(engine: LocalEngine, turns: list[ChatTurn], question: str, pictures: li
     return [*asked, ChatTurn("assistant", (text,))]
 
 
-def _converse(engine: LocalEngine, pictures: list, sampling: Sampling) -> None:
+def _converse(engine: Engine, pictures: list, sampling: Sampling) -> None:
     from intervale.core.errors import UserError
     from intervale.data.images import load_picture
 

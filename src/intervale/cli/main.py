@@ -26,6 +26,7 @@ from intervale.cli.info import info
 from intervale.cli.init import init
 from intervale.cli.output import note
 from intervale.cli.quickstart import quickstart
+from intervale.cli.serve import serve
 from intervale.cli.train import train
 from intervale.core.embedded import embedded
 from intervale.core.errors import UserError
@@ -40,7 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(prepare.app, name="prepare")
-for command in (check, train, evaluate, compare, export, chat, init, convert, info, import_xtuner, import_checkpoint, doctor):
+for command in (check, train, evaluate, compare, export, chat, serve, init, convert, info, import_xtuner, import_checkpoint, doctor):
     app.command()(command)
 if embedded("nano"):  # it runs on the embedded model, which is not in this build yet
     app.command()(quickstart)

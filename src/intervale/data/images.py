@@ -48,7 +48,7 @@ def _open(source: Path | bytes, where: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise PictureError(f"{where}: too many pixels: {error}", f"make the picture smaller than {max_pixels():,} pixels") from error
+        raise PictureError(f"{where}: far too many pixels", f"make the picture smaller than {max_pixels():,} pixels") from error
     except FileNotFoundError as error:
         raise PictureError(f"{where}: no such picture", "check the path; it is relative to the data file's folder") from error
     except Exception as error:

@@ -14,8 +14,7 @@ import torch
 from transformers import DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from intervale.core.errors import UserError
-from intervale.engine.api import Sampling
+from intervale.engine.api import RefusedError, Sampling
 from intervale.model.forward import embed, normalise, picture_features
 from intervale.model.load import Model
 
@@ -49,21 +48,26 @@ def context_of(model: Model) -> int:
 def refuse_long(model: Model, tokens: int) -> None:
     """Raise a UserError when a prompt of that many tokens leaves no room for an answer in the model's context."""
     if tokens >= context_of(model):
-        raise UserError(
+        raise RefusedError(
             f"the prompt has {tokens} tokens; the model's context is {context_of(model)}",
             "shorten the text, use fewer or smaller pictures, or lower the tiles",
+            "context_length_exceeded",
         )
 
 
 @torch.inference_mode()
-def prefill(model: Model, ids_S: np.ndarray, features: torch.Tensor | None) -> Prefilled:
-    """Run a prompt through the network once. Raises: UserError when it is longer than the model's context."""
-    refuse_long(model, len(ids_S))
+def prefill(model: Model, ids_S: np.ndarray, features: torch.Tensor | None, past: DynamicCache | None = None) -> Prefilled:
+    """Run a prompt through the network once. Raises: UserError when it is longer than the model's context.
+
+    `past` holds the keys and values of what stands before `ids_S`; it grows. `features` are those of the pictures in `ids_S`.
+    """
+    cache = DynamicCache() if past is None else past  # an empty one is false
+    length = cache.get_seq_length() + len(ids_S)
+    refuse_long(model, length)
     ids_BS = torch.from_numpy(ids_S)[None].to(model.device)
     embedded = embed(model.network, ids_BS, features, model.network.config.image_token_id)
-    cache = DynamicCache()
     hidden = model.network.model.language_model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).last_hidden_state
-    return Prefilled(cache, len(ids_S), model.network.lm_head(hidden[0, -1]).float())
+    return Prefilled(cache, length, model.network.lm_head(hidden[0, -1]).float())
 
 
 @torch.inference_mode()
@@ -76,9 +80,12 @@ def _advance(model: Model, cache: DynamicCache, ids: Sequence[int]) -> torch.Ten
     return model.network.lm_head(hidden[0]).float()
 
 
+_COLDEST = 1e-4  # below it the softmax is the argmax in float32, and the division would overflow
+
+
 def _chooser(sampling: Sampling) -> LogitsProcessorList:
     warpers = LogitsProcessorList()
-    if sampling.temperature > 0:
+    if sampling.temperature > _COLDEST:
         warpers.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_k > 0:
             warpers.append(TopKLogitsWarper(sampling.top_k))
@@ -102,7 +109,7 @@ def generate(model: Model, start: Prefilled, sampling: Sampling) -> Iterator[int
     room = context_of(model) - start.length
     logits_V = start.logits_V
     for made in range(1, min(sampling.max_new_tokens, room) + 1):
-        if sampling.temperature <= 0:
+        if sampling.temperature <= _COLDEST:
             token = int(logits_V.argmax())
         else:
             weights = torch.softmax(warpers(None, logits_V[None]), -1)

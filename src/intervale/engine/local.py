@@ -1,72 +1,204 @@
 """The engine in this process: transformers on the CPU or one GPU.
 
-Pictures' features are kept by content, so that a second turn or another model's prompt does not run the tower again.
+Promises: an answer depends on its request alone, not on what was asked before or beside it (up to float rounding: a turn
+that goes on computes its new tokens only). Pictures' features are kept by content, a conversation's keys and values for its next
+turn; both are bounded in bytes. Several models may share one network (`model.pair`): whichever is asked is switched on
+before each step, so answers of both may be made in turn on one thread. Not thread-safe: `engine.scheduler` owns the thread.
+Legend: S positions, T tokens of a picture, D width.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
+from transformers import DynamicCache
 
-from intervale.core.errors import UserError
+from intervale.core.errors import nearest
+from intervale.data.images import PictureError, load_picture
 from intervale.data.prompt import Picture, Turn, encode_turns
-from intervale.data.tiling import cut_tiles
-from intervale.engine.api import ChatTurn, Delta, Request
-from intervale.engine.decode import encode_tiles, generate, prefill
-from intervale.model.load import Model
+from intervale.data.tiling import Tiling, cut_tiles
+from intervale.engine.api import ChatTurn, Delta, EngineError, Photo, RefusedError, Request
+from intervale.engine.decode import Prefilled, encode_tiles, generate, prefill, refuse_long
+from intervale.engine.reuse import Conversations, Features, Kept, Span
+from intervale.engine.text import spoken
+from intervale.model.load import Model, narrow
+from intervale.model.pair import Pair
 
-_KEPT_PICTURES = 32
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the decoder gives for half of a character
+FEATURE_BYTES = 512 << 20  # about 40 pictures of 13 tiles for InternVL2-2B in float32
+CACHE_BYTES = 1 << 30  # about 10,000 tokens for InternVL2-2B in bfloat16
+_AT_ONCE = 512  # prompt tokens a step: between two steps others get their turn, and a cancel is seen
+_CPU_TILES, _GPU_TILES = 2, 8  # tiles a step; a 448-pixel tile takes about 4 s on two cores
+
+
+@dataclass(frozen=True)
+class Face:
+    """One of the engine's models. `enter` makes its network compute as this one; `eyes` names how it sees: pictures' features are kept by it."""
+
+    model: Model
+    enter: Callable[[], None] = lambda: None
+    eyes: str = ""
+
+
+def faces_of(pair: Pair, tuned: str, base: str) -> dict[str, Face]:
+    """The two models of a pair under their names, the tuned one first."""
+    return {
+        tuned: Face(pair.tuned, lambda: pair.switch(True), "" if pair.same_eyes else "tuned"),
+        base: Face(pair.base, lambda: pair.switch(False)),
+    }
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request as the network takes it: ids, pictures with their places and tilings."""
+
+    ids_S: np.ndarray
+    spans: tuple[Span, ...]
+    pictures: tuple[tuple[Image.Image | Photo, Tiling], ...]
 
 
 class LocalEngine:
-    """Answers one request at a time with a Model."""
+    """Answers requests with a Model, or with one of several."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(
+        self,
+        model: Model,
+        faces: Mapping[str, Face] | None = None,
+        *,
+        feature_bytes: int = FEATURE_BYTES,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
         self.model = model
-        self._features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
-
-    def features(self, picture: Image.Image) -> torch.Tensor:
-        """A picture's projected features (tiles, tokens a tile, width)."""
-        key = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
-        if key not in self._features:
-            self._features[key] = encode_tiles(self.model, cut_tiles(picture, self.model.tiling))
-            while len(self._features) > _KEPT_PICTURES:
-                self._features.popitem(last=False)
-        self._features.move_to_end(key)
-        return self._features[key]
+        self.faces = dict(faces or {model.name: Face(model)})
+        self._features = Features(feature_bytes)
+        self._conversations = Conversations(cache_bytes)
 
     def stream(self, request: Request) -> Iterator[Delta]:
-        """The answer, piece by piece. Raises: UserError when the prompt does not fit the context."""
-        if not request.turns or request.turns[-1].role != "user":
-            raise UserError("the conversation must end with the user's turn", "ask something")
-        features = [self.features(part) for turn in request.turns for part in turn.parts if isinstance(part, Image.Image)]
-        counts = iter([part.shape[0] * part.shape[1] for part in features])
-        turns = [_turn(turn, counts) for turn in request.turns]
-        prompt = encode_turns(turns, self.model.template, self.model.tokenizer, answer_next=True)
-        joined = torch.cat(features) if features else None
-        yield from self._answer(request, prompt.ids_S, joined)
+        """The answer, piece by piece. Raises: RefusedError when the prompt does not fit, PictureError for a damaged picture."""
+        face = self._face(request.model)
+        asked = _asked(face, request)
+        owner = (request.visitor, request.model or next(iter(self.faces)))
+        cache = self._conversations.take(owner, asked.ids_S, asked.spans)
+        reused = cache.get_seq_length()
+        made: list[int] = []
+        try:
+            start = None
+            for start in self._prefilled(face, asked, cache):
+                if start is None:
+                    yield Delta("", 0)
+            assert start is not None
+            told = spoken(self._tokens(face, start, request, made), face.model.tokenizer.decode, face.model.stop_ids, request.sampling.stop)
+            for text, tokens, finish in told:
+                yield Delta(text, tokens, finish, len(asked.ids_S), reused)
+        except torch.OutOfMemoryError as error:
+            self.forget()
+            raise EngineError("the engine ran out of memory", "try again, with fewer or smaller pictures", "out_of_memory", 5) from error
+        except GeneratorExit:
+            self._keep(owner, asked, made, cache)
+            raise
+        self._keep(owner, asked, made, cache)
 
-    def _answer(self, request: Request, ids_S, features: torch.Tensor | None) -> Iterator[Delta]:  # type: ignore[no-untyped-def]
-        model = self.model
-        stops = set(model.stop_ids)
-        ids: list[int] = []
-        told = 0
-        for token in generate(model, prefill(model, ids_S, features), request.sampling):
-            ids.append(token)
-            if token in stops:
-                break
-            text = model.tokenizer.decode(ids)
-            if not text.endswith(_INCOMPLETE):
-                yield Delta(text[told:], len(ids))
-                told = len(text)
-        stopped = bool(ids) and ids[-1] in stops
-        text = model.tokenizer.decode(ids[:-1] if stopped else ids)
-        yield Delta(text[told:], len(ids), "stop" if stopped else "length")
+    def _tokens(self, face: Face, start: Prefilled, request: Request, made: list[int]) -> Iterator[int]:
+        """The answer's tokens, also noted in `made`; whatever others did in between, each step computes with this face."""
+        tokens = generate(face.model, start, request.sampling)
+        while True:
+            face.enter()
+            token = next(tokens, None)
+            if token is None:
+                return
+            made.append(token)
+            yield token
+
+    def _keep(self, owner: Hashable, asked: _Asked, made: list[int], cache: DynamicCache) -> None:
+        length = cache.get_seq_length()
+        ids_S = np.concatenate([asked.ids_S, np.array(made, np.int64)])[:length]
+        self._conversations.put(Kept(owner, ids_S, asked.spans, min(len(asked.ids_S), length), cache))
+
+    def forget(self) -> None:
+        """Drop every kept picture and conversation."""
+        self._features.clear()
+        self._conversations.clear()
+
+    def _face(self, name: str) -> Face:
+        if not name:
+            return next(iter(self.faces.values()))
+        if name not in self.faces:
+            known = ", ".join(self.faces)
+            raise RefusedError(f"there is no model {name[:80]!r}{nearest(name[:80], self.faces)}", f"use one of {known}", "model_not_found")
+        return self.faces[name]
+
+    def _prefilled(self, face: Face, asked: _Asked, cache: DynamicCache) -> Iterator[Prefilled | None]:
+        """None after each step of reading the prompt, then the prompt in the network."""
+        past = cache.get_seq_length()
+        unseen: list[torch.Tensor] = []  # (T, D) a picture, what of it is not in the cache
+        for span, (picture, tiling) in zip(asked.spans, asked.pictures, strict=True):
+            if span.start + span.length > past:
+                known = self._features.get(span.key)
+                if known is None:
+                    parts = []
+                    tiles_PHWC = cut_tiles(_decoded(picture), tiling)
+                    few = _GPU_TILES if face.model.device.type == "cuda" else _CPU_TILES
+                    for first in range(0, len(tiles_PHWC), few):
+                        face.enter()
+                        parts.append(encode_tiles(face.model, tiles_PHWC[first : first + few]))
+                        yield None
+                    known = torch.cat(parts)
+                    self._features.put(span.key, known)
+                unseen.append(known.flatten(0, 1)[max(0, past - span.start) :])
+        features_TD = torch.cat(unseen) if unseen else None
+        token, used = face.model.network.config.image_token_id, 0
+        for at in range(past, len(asked.ids_S), _AT_ONCE):
+            ids_S = asked.ids_S[at : at + _AT_ONCE]
+            count = int((ids_S == token).sum())
+            face.enter()
+            start = prefill(face.model, ids_S, None if features_TD is None or not count else features_TD[None, used : used + count], cache)
+            used += count
+            yield start if at + len(ids_S) == len(asked.ids_S) else None
+
+
+def _decoded(picture: Image.Image | Photo) -> Image.Image:
+    if not isinstance(picture, Photo):
+        return picture
+    decoded = load_picture(picture.data, "the picture")
+    if decoded.size != picture.size:  # its tokens were counted by the header
+        raise PictureError("the picture: its header and its content disagree about the size", "save it again with an image editor")
+    return decoded
+
+
+def _asked(face: Face, request: Request) -> _Asked:
+    """The request as ids and places. Raises: RefusedError when the user does not speak last, or for a prompt beyond the context."""
+    if not request.turns or request.turns[-1].role != "user":
+        raise RefusedError("the conversation must end with the user's turn", "ask something", "invalid_messages")
+    model = face.model
+    pictures: list[tuple[Image.Image | Photo, Tiling]] = []
+    keys: list[Hashable] = []
+    counts: list[int] = []
+    for turn in request.turns:
+        for part in turn.parts:
+            if not isinstance(part, str):
+                limit = part.max_tiles if isinstance(part, Photo) else None
+                tiling = model.tiling if limit is None else narrow(model.tiling, None, min(limit, model.tiling.max_tiles))
+                pictures.append((part, tiling))
+                keys.append((face.eyes, id(model.network), tiling, _digest(part)))
+                counts.append(tiling.tokens_of(*part.size))
+    left = iter(counts)
+    turns = [_turn(turn, left) for turn in request.turns]
+    ids_S = encode_turns(turns, model.template, model.tokenizer, answer_next=True).ids_S
+    refuse_long(model, len(ids_S))
+    places = np.flatnonzero(ids_S == model.network.config.image_token_id)
+    starts = np.cumsum([0, *counts])[:-1]
+    spans = tuple(Span(int(places[at]), count, key) for at, count, key in zip(starts, counts, keys, strict=True))
+    return _Asked(ids_S, spans, tuple(pictures))
+
+
+def _digest(picture: Image.Image | Photo) -> bytes:
+    if isinstance(picture, Photo):
+        return picture.digest
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
 
 
 def _turn(turn: ChatTurn, counts: Iterator[int]) -> Turn:

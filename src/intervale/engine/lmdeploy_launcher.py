@@ -1,0 +1,103 @@
+"""LMDeploy's command line, started for an InternVL folder: run as a file, by the Python of LMDeploy's own environment.
+
+What it adds, and why: the configuration classes of official folders, so that they load without remote code; it must be a FILE, because
+LMDeploy's engine processes are spawned and read it again as `__mp_main__`, which registers there too. Threads of the tiling: one in
+LMDeploy, which is what holds large pictures up. The end of the parent ends it. It imports nothing of intervale, which is not in that environment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")  # its one preprocessing thread otherwise fans out and fights the HTTP loop
+
+# The text model's own type, where the folder's is a name of remote code.
+_LLM = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama", "Phi3ForCausalLM": "phi3"}
+
+
+def register() -> None:
+    """Make AutoConfig read 'internvl_chat' as objects with attributes, all of them the folder's own."""
+    from transformers import AutoConfig, PretrainedConfig
+
+    class Plain(PretrainedConfig):
+        def __init__(self, **values: Any) -> None:
+            kept = {name: value for name, value in values.items() if name not in ("auto_map", "model_type")}
+            super().__init__(**kept)
+            for name, value in kept.items():
+                if not hasattr(self, name):
+                    setattr(self, name, value)
+
+    class Vision(Plain):
+        model_type = "intern_vit_6b"
+
+    class InternLM2(Plain):
+        model_type = "internlm2"
+
+    class Chat(Plain):
+        model_type = "internvl_chat"
+        sub_configs: ClassVar[dict[str, Any]] = {}
+
+        def __init__(self, vision_config: Any = None, llm_config: Any = None, **values: Any) -> None:
+            # Both may be missing: transformers makes an empty one when it compares configurations.
+            self.vision_config = vision_config if isinstance(vision_config, PretrainedConfig) else Vision(**(vision_config or {}))
+            self.llm_config = llm_config if isinstance(llm_config, PretrainedConfig) else text(llm_config or {})
+            super().__init__(**values)
+
+        def to_dict(self) -> dict[str, Any]:
+            return super().to_dict() | {"vision_config": self.vision_config.to_dict(), "llm_config": self.llm_config.to_dict()}
+
+    def text(values: dict[str, Any]) -> Any:
+        arch = (values.get("architectures") or [""])[0]
+        if arch in _LLM:
+            return AutoConfig.for_model(_LLM[arch], **{name: value for name, value in values.items() if name != "model_type"})
+        return InternLM2(**values)
+
+    AutoConfig.register("internvl_chat", Chat, exist_ok=True)
+
+
+def more_tiling_threads(count: int) -> bool:
+    """Let `count` pictures be tiled at once; False when this LMDeploy is built otherwise, which is then said."""
+    import lmdeploy.vl.engine as module
+
+    encoder = getattr(module, "ImageEncoder", None)
+    if encoder is None:
+        return False
+    made = encoder.__init__
+
+    def make(self: Any, *words: Any, **named: Any) -> None:
+        made(self, *words, **named)
+        if isinstance(getattr(self, "executor", None), ThreadPoolExecutor):
+            self.executor = ThreadPoolExecutor(max_workers=count)
+
+    encoder.__init__ = make
+    return True
+
+
+def end_with_parent() -> None:
+    """Leave when the pipe on stdin closes: whoever started this is gone, however it went."""
+
+    def watch() -> None:
+        while sys.stdin.buffer.read(4096):
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if "INTERVALE_ENGINE" in os.environ:  # also in the spawned processes
+    register()
+
+if __name__ == "__main__":
+    end_with_parent()
+    if not more_tiling_threads(int(os.environ.get("INTERVALE_TILING_THREADS", "2"))):
+        print("intervale: this LMDeploy tiles pictures in another way; its tiling threads stay as they are", flush=True)
+    if key := os.environ.pop("INTERVALE_ENGINE_KEY", ""):
+        sys.argv += ["--api-keys", key]  # not on the command line that others on this machine can read
+    from lmdeploy.cli import run
+
+    run()

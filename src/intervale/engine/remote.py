@@ -1,0 +1,284 @@
+"""Any OpenAI-compatible server as an engine: LMDeploy, vLLM, SGLang, or a model behind somebody's API.
+
+Promises: a request is tried again, with growing pauses, only as long as no token has come; leaving an answer closes its connection,
+which is what such servers stop on. Pictures go as data URLs, encoded ones byte for byte. What the other server says about an error is
+for the terminal (`fix`), never for a gateway's clients (`what`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import random
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from PIL import Image
+
+from intervale.core.errors import UserError, nearest
+from intervale.engine.api import ChatTurn, Delta, EngineError, Load, Photo, RefusedError, Request, UpstreamRefusedError
+
+_AGAIN = (408, 429, 502, 503, 504)  # the server was busy or away: it did not look at the request
+_LONGEST_PAUSE = 30.0  # seconds, also where the server asks for more
+_LONGEST_EVENT = 4 << 20  # bytes of one line
+
+
+@dataclass(eq=False)
+class _RetryError(Exception):
+    """Not now; `after` seconds if the server said so, and what to tell when it stays that way."""
+
+    told: EngineError
+    after: float | None = None
+
+
+class RemoteEngine:
+    """Both an Engine (`stream`, for the terminal) and a Desk (`answer`, for a gateway) in front of a server at `base_url`."""
+
+    def __init__(
+        self,
+        base_url: str,
+        models: tuple[str, ...],
+        key: str = "",
+        *,
+        room: int = 256,
+        retries: int = 3,
+        pause: float = 0.5,
+        seconds: float = 300.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        try:
+            url = httpx.URL(base_url)
+        except Exception:
+            url = httpx.URL("")
+        if url.scheme not in ("http", "https") or not url.host:
+            raise UserError(f"--base-url {base_url!r} is not a web address", "give it like http://127.0.0.1:23333/v1")
+        self.url, self.models = str(url).rstrip("/"), models
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._room, self._retries, self._pause = room, retries, pause
+        self._timeout = httpx.Timeout(seconds, connect=10.0)
+        self._transport = transport
+        self._active, self._fault, self._closed = 0, "", False
+        self._client: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient] | None = None
+
+    def load(self) -> Load:
+        """How busy it is; what waits, waits at the other server."""
+        return Load(self._active, 0, self._room)
+
+    def fault(self) -> str:
+        """What went wrong when the server could not be reached the last time; '' since it answered."""
+        return "the engine has stopped" if self._closed else self._fault
+
+    def close(self) -> None:
+        """Take no more requests."""
+        self._closed = True
+
+    def stream(self, request: Request) -> Iterator[Delta]:
+        """`answer` for a caller without an event loop."""
+        loop = asyncio.new_event_loop()
+        pieces = self.answer(request)
+        try:
+            while True:
+                try:
+                    yield loop.run_until_complete(anext(pieces))
+                except StopAsyncIteration:
+                    return
+        finally:
+            loop.run_until_complete(pieces.aclose())
+            loop.run_until_complete(self._drop_client())
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    async def answer(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """The answer, piece by piece; closing the generator closes the connection."""
+        if self._closed:
+            raise EngineError("the server is stopping", "try again later", "engine_unavailable", 5)
+        if self._active >= self._room:
+            raise EngineError(f"{self._active} requests are being answered; the limit is {self._room}", "try again soon", "busy", 2)
+        model = request.model or self.models[0]
+        if model not in self.models:
+            known = ", ".join(self.models)
+            raise RefusedError(
+                f"there is no model {model[:80]!r}{nearest(model[:80], self.models)}", f"use one of {known}", "model_not_found"
+            )
+        self._active += 1
+        try:
+            large = any(isinstance(part, Image.Image) for turn in request.turns for part in turn.parts)  # to be compressed
+            body = await asyncio.to_thread(_body, request, model) if large else _body(request, model)
+            for attempt in range(self._retries + 1):
+                try:
+                    async with aclosing(self._attempt(body)) as pieces:
+                        async for piece in pieces:
+                            yield piece
+                    return
+                except _RetryError as again:
+                    self._fault = again.told.what if again.told.code == "engine_unavailable" else ""
+                    if attempt == self._retries:
+                        raise again.told from again
+                    pause = self._pause * 2**attempt * (1 + random.random() / 4) if again.after is None else again.after
+                    await asyncio.sleep(min(pause, _LONGEST_PAUSE))
+        finally:
+            self._active -= 1
+
+    async def _attempt(self, body: bytes) -> AsyncGenerator[Delta, None]:
+        """One try. Raises: _RetryError while nothing has been said."""
+        begun = False
+        headers = {**self._headers, "Content-Type": "application/json", "Accept": "text/event-stream"}
+        try:
+            async with self._http().stream("POST", f"{self.url}/chat/completions", content=body, headers=headers) as got:
+                if got.status_code != 200:
+                    raise await _refusal(got)
+                self._fault = ""
+                async with aclosing(_pieces(got)) as pieces:
+                    async for piece in pieces:
+                        begun = begun or bool(piece.text)
+                        yield piece
+        except httpx.HTTPError as error:
+            if begun:
+                what = "the engine's server broke off in the middle of the answer"
+                raise EngineError(what, "ask again", "engine_interrupted") from error
+            what = (
+                "the engine's server cannot be reached" if isinstance(error, httpx.ConnectError) else "the engine's server does not answer"
+            )
+            raise _RetryError(EngineError(what, f"is it running at {self.url}?", "engine_unavailable", 5)) from error
+
+    def _http(self) -> httpx.AsyncClient:
+        """One client an event loop: its connections are kept, and belong to the loop."""
+        loop = asyncio.get_running_loop()
+        if self._client is None or self._client[0] is not loop:
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+            made = httpx.AsyncClient(timeout=self._timeout, limits=limits, transport=self._transport, trust_env=False)
+            self._client = (loop, made)
+        return self._client[1]
+
+    async def _drop_client(self) -> None:
+        if self._client is not None and self._client[0] is asyncio.get_running_loop():
+            await self._client[1].aclose()
+            self._client = None
+
+
+def _body(request: Request, model: str) -> bytes:
+    """The request as OpenAI's JSON."""
+    sampling = request.sampling
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": turn.role, "content": _content(turn)} for turn in request.turns],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+    }
+    optional = {"top_k": sampling.top_k or None, "seed": sampling.seed, "stop": list(sampling.stop) or None}
+    return json.dumps(body | {name: value for name, value in optional.items() if value is not None}).encode()
+
+
+def _content(turn: ChatTurn) -> str | list[dict[str, Any]]:
+    """A turn's content: a plain text where it has no picture, since not every template takes parts."""
+    if all(isinstance(part, str) for part in turn.parts):
+        return "".join(part for part in turn.parts if isinstance(part, str))
+    parts: list[dict[str, Any]] = []
+    after_picture = False
+    for part in turn.parts:
+        if isinstance(part, str):
+            # The line break after a picture is the template's, which is the other server's here.
+            text = part.removeprefix("\n") if after_picture else part
+            if text:
+                parts.append({"type": "text", "text": text})
+        else:
+            low = {"detail": "low"} if isinstance(part, Photo) and part.max_tiles == 1 else {}
+            parts.append({"type": "image_url", "image_url": {"url": _data_url(part)} | low})
+        after_picture = not isinstance(part, str)
+    return parts
+
+
+def _data_url(picture: Image.Image | Photo) -> str:
+    if isinstance(picture, Photo):
+        return f"data:{picture.media};base64,{base64.b64encode(picture.data).decode()}"
+    out = io.BytesIO()
+    picture.save(out, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+async def _refusal(got: httpx.Response) -> Exception:
+    """What an answer that is not 200 means."""
+    raw = bytearray()
+    async for part in got.aiter_bytes():
+        raw += part
+        if len(raw) > 20_000:
+            break
+    said, code = bytes(raw[:300]).decode("utf-8", "replace"), ""
+    try:
+        value = json.loads(bytes(raw))
+        error = value.get("error", value)
+        said, code = str(error.get("message", said))[:300], str(error.get("code", ""))
+    except (ValueError, AttributeError):
+        pass
+    status = got.status_code
+    if status in _AGAIN:
+        after = got.headers.get("retry-after", "")
+        busy = status == 429
+        what = "the engine's server is busy" if busy else f"the engine's server is not ready ({status})"
+        told = EngineError(what, f"try again in a few seconds; it said: {said}", "busy" if busy else "engine_unavailable", 5)
+        return _RetryError(told, float(after) if after.isdigit() else None)
+    if status in (400, 413, 422):
+        known = code if code in ("context_length_exceeded", "invalid_image") else "upstream_refused"
+        return UpstreamRefusedError(f"the engine's server refused the request ({status})", f"it said: {said}", known)
+    return EngineError(
+        f"the engine's server answered {status}", f"check --base-url, the model's name and the key; it said: {said}", "upstream_failed"
+    )
+
+
+async def _pieces(got: httpx.Response) -> AsyncGenerator[Delta, None]:
+    """The deltas of an event stream; the last one carries the finish and the counts."""
+    tokens, prompt, reused, finish = 0, 0, 0, ""
+    async with aclosing(_events(got)) as events:
+        async for event in events:
+            if event.get("error"):
+                raise EngineError(
+                    "the engine's server failed in the middle of the answer", f"it said: {event['error']}", "engine_interrupted"
+                )
+            if usage := event.get("usage"):
+                tokens, prompt = int(usage.get("completion_tokens") or tokens), int(usage.get("prompt_tokens") or 0)
+                reused = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+            for choice in event.get("choices") or []:
+                text = (choice.get("delta") or {}).get("content") or ""
+                finish = choice.get("finish_reason") or finish
+                if text:
+                    tokens += 1
+                    yield Delta(text, tokens)
+    if not finish:
+        raise httpx.RemoteProtocolError("the stream ended without a reason")
+    yield Delta("", tokens, finish, prompt, reused)
+
+
+async def _events(got: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
+    async with aclosing(_lines(got)) as lines:
+        async for line in lines:
+            if not line.startswith("data:"):
+                continue
+            data = line[5:].strip()
+            if data == "[DONE]":
+                return
+            try:
+                event = json.loads(data)
+            except ValueError as error:
+                raise httpx.RemoteProtocolError("an event that is not JSON") from error
+            if isinstance(event, dict):
+                yield event
+
+
+async def _lines(got: httpx.Response) -> AsyncGenerator[str, None]:
+    rest = b""
+    async for part in got.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        if len(rest) > _LONGEST_EVENT:
+            raise httpx.RemoteProtocolError("an event without an end")
+        for line in lines:
+            yield line.rstrip(b"\r").decode("utf-8", "replace")
+    if rest:
+        yield rest.decode("utf-8", "replace")

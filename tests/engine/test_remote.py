@@ -1,0 +1,164 @@
+"""Another server as an engine: tried again only before the first token, left when it is left, its faults told in our words."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from intervale.core.errors import UserError
+from intervale.engine.api import ChatTurn, Delta, EngineError, Photo, RefusedError, Request, Sampling
+from intervale.engine.remote import RemoteEngine
+
+ASK = Request((ChatTurn("user", ("hi",)),), Sampling(max_new_tokens=9, seed=3, stop=("x",)))
+
+
+def event(text: str = "", finish: str | None = None, **more: Any) -> bytes:
+    return b"data: " + json.dumps({"choices": [{"delta": {"content": text}, "finish_reason": finish}]} | more).encode() + b"\n\n"
+
+
+USAGE = b'data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2}}\n\n'
+GOOD = event("he") + event("y") + event(finish="stop") + USAGE + b"data: [DONE]\n\n"
+
+
+class Other(httpx.AsyncBaseTransport):
+    """A server that answers as told, one entry a request; an exception is raised."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers, self.asked, self.left = list(answers), [], 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append(json.loads(await request.aread()))
+        self.headers = request.headers
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, bytes):
+            return httpx.Response(200, content=answer)
+        if callable(answer):
+            return httpx.Response(200, stream=Flow(self, answer))
+        return answer
+
+
+class Flow(httpx.AsyncByteStream):
+    def __init__(self, other: Other, make: Callable[[], AsyncIterator[bytes]]) -> None:
+        self.other, self.make = other, make
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self.make():
+            yield part
+
+    async def aclose(self) -> None:
+        self.other.left += 1
+
+
+def engine(other: Other, **more: Any) -> RemoteEngine:
+    return RemoteEngine("http://other/v1/", ("big", "small"), "key", pause=0.001, transport=other, **more)
+
+
+def told(engine: RemoteEngine, request: Request = ASK) -> tuple[str, Delta]:
+    pieces = list(engine.stream(request))
+    return "".join(piece.text for piece in pieces), pieces[-1]
+
+
+def test_an_answer_comes_with_its_counts_and_the_request_says_what_was_asked() -> None:
+    other = Other(GOOD)
+    assert told(engine(other)) == ("hey", Delta("", 2, "stop", 7))
+    asked = other.asked[0]
+    assert asked["messages"] == [{"role": "user", "content": "hi"}]
+    assert (asked["model"], asked["max_tokens"], asked["seed"], asked["stop"], asked["stream"]) == ("big", 9, 3, ["x"], True)
+    assert "top_k" not in asked
+    assert other.headers["authorization"] == "Bearer key"
+
+
+def test_pictures_go_as_data_urls_and_the_templates_line_break_stays_here() -> None:
+    other = Other(GOOD)
+    photo = Photo(b"\xff\xd8raw", "image/jpeg", (5, 5), 1)
+    told(engine(other), Request((ChatTurn("user", (photo, "\n", Image.new("RGB", (2, 2)), "\n", "what\n?")),)))
+    first, second, text = other.asked[0]["messages"][0]["content"]
+    assert first["image_url"] == {"url": "data:image/jpeg;base64,/9hyYXc=", "detail": "low"}
+    assert second["image_url"]["url"].startswith("data:image/png;base64,")
+    assert text == {"type": "text", "text": "what\n?"}
+
+
+@pytest.mark.parametrize(
+    "first", [httpx.ConnectError("x"), httpx.ReadError("x"), httpx.Response(503), httpx.Response(429, headers={"retry-after": "0"}), b""]
+)
+def test_before_the_first_token_it_tries_again(first: Any) -> None:
+    other = Other(first, GOOD)
+    assert told(engine(other))[0] == "hey"
+    assert len(other.asked) == 2
+
+
+def test_after_the_first_token_it_does_not() -> None:
+    async def breaks() -> AsyncIterator[bytes]:
+        yield event("he")
+        raise httpx.ReadError("10.0.0.7 reset")
+
+    other = Other(breaks)
+    with pytest.raises(EngineError, match="middle") as broken:
+        told(engine(other))
+    assert broken.value.code == "engine_interrupted"
+    assert len(other.asked) == 1
+    for cut in (event("he"), event("he") + b"data: {nonsense\n\n", event("he") + b'data: {"error": {"message": "boom"}}\n\n'):
+        with pytest.raises(EngineError) as broken:
+            told(engine(Other(cut)))
+        assert broken.value.code == "engine_interrupted"
+
+
+def test_it_gives_up_with_a_code_and_is_ill_until_it_answers() -> None:
+    other = Other(*[httpx.ConnectError("x")] * 4, GOOD)
+    remote = engine(other)
+    with pytest.raises(EngineError, match="cannot be reached") as away:
+        told(remote)
+    assert (away.value.code, away.value.retry_after) == ("engine_unavailable", 5)
+    assert remote.fault()
+    told(remote)
+    assert remote.fault() == ""
+    with pytest.raises(EngineError) as busy:
+        told(engine(Other(*[httpx.Response(429)] * 4)))
+    assert busy.value.code == "busy"
+
+
+def test_refusals_are_told_apart_and_their_words_kept_for_the_terminal() -> None:
+    said = {"error": {"message": "path /secret", "code": "context_length_exceeded"}}
+    with pytest.raises(RefusedError) as refused:
+        told(engine(Other(httpx.Response(400, json=said))))
+    assert refused.value.code == "context_length_exceeded"
+    assert "secret" not in refused.value.what
+    assert "secret" in refused.value.fix
+    with pytest.raises(EngineError) as wrong:
+        told(engine(Other(httpx.Response(401, text="<html>"))))
+    assert wrong.value.code == "upstream_failed"
+    with pytest.raises(RefusedError, match="no model 'huge'"):
+        told(engine(Other()), Request(ASK.turns, model="huge"))
+    with pytest.raises(UserError, match="not a web address"):
+        RemoteEngine("localhost:8000", ("a",))
+
+
+def test_leaving_closes_the_connection_and_gives_the_place_back() -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        while True:
+            yield event("x")
+            await asyncio.sleep(0.001)
+
+    other = Other(endless, endless)
+    remote = engine(other, room=1)
+
+    async def run() -> None:
+        async with aclosing(remote.answer(ASK)) as pieces:
+            await anext(pieces)
+            with pytest.raises(EngineError) as full:
+                await anext(remote.answer(ASK))
+            assert full.value.code == "busy"
+        assert (other.left, remote.load().active) == (1, 0)
+
+    asyncio.run(run())
+    stream = remote.stream(ASK)
+    next(stream)
+    stream.close()
+    assert (other.left, remote.load().active) == (2, 0)

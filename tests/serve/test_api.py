@@ -1,0 +1,196 @@
+"""The API as the `openai` client sees it, on a live port with a tiny random model."""
+
+import concurrent.futures
+import gc
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from serve_fixture import asking, data_url, encoded, live, picture
+
+from intervale.engine.api import ChatTurn, Request, Sampling
+from intervale.engine.local import Face, LocalEngine, answer
+from intervale.engine.scheduler import Scheduler
+from intervale.model.load import Model, load_model
+
+DISH = picture(1)
+URL = data_url(encoded(DISH))
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Model:
+    return load_model(tiny, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def desk(model: Model) -> Scheduler:
+    return Scheduler(LocalEngine(model, {"tuned": Face(model), "base": Face(model)}), ("tuned", "base"))
+
+
+@pytest.fixture(scope="module")
+def url(desk: Scheduler) -> Iterator[str]:
+    with live(desk) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def expected(model: Model, text: str, tokens: int = 16, *pictures: object) -> str:
+    parts = [part for one in pictures for part in (one, "\n")] + [text]
+    return answer(LocalEngine(model), Request((ChatTurn("user", tuple(parts)),), Sampling(max_new_tokens=tokens)))[0]  # type: ignore[arg-type]
+
+
+def test_a_streamed_and_a_whole_answer_are_the_models_own(client: openai.OpenAI, model: Model) -> None:
+    wanted = expected(model, "什么菜?", 16, DISH)
+    whole = client.chat.completions.create(model="tuned", messages=asking("什么菜?", URL), temperature=0, max_tokens=16)  # type: ignore[arg-type]
+    assert whole.choices[0].message.content == wanted
+    assert whole.choices[0].finish_reason in ("stop", "length")
+    chunks = list(
+        client.chat.completions.create(  # type: ignore[call-overload]
+            model="tuned",
+            messages=asking("什么菜?", URL),
+            temperature=0,
+            max_completion_tokens=16,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == wanted
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens  # type: ignore[union-attr]
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens > 8  # type: ignore[union-attr]
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0  # the second time, the prompt was known
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_the_stream_is_sse_and_ends_in_done(url: str) -> None:
+    body = {"model": "base", "messages": asking("hi"), "stream": True, "max_tokens": 3}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as got:
+        assert got.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in got.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[0][6:])["choices"][0]["delta"]["role"] == "assistant"
+
+
+def test_models_health_and_metrics(url: str, client: openai.OpenAI) -> None:
+    assert [one.id for one in client.models.list()] == ["tuned", "base"]
+    assert client.models.retrieve("base").id == "base"
+    assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+    text = httpx.get(f"{url}/metrics").text
+    for name in ("ttft_seconds_count", "tokens_total", "queue", "cancelled_total", "active"):
+        assert f"intervale_{name}" in text
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.models.retrieve("gpt-4o")
+    assert missing.value.code == "model_not_found"
+
+
+def test_several_pictures_system_text_stop_seed_and_turns(client: openai.OpenAI, model: Model) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, *asking("两张图?", URL, data_url(encoded(picture(2), "JPEG"), "image/jpeg"))]
+    ask = {"model": "tuned", "messages": messages, "max_tokens": 20, "temperature": 1.0, "top_p": 0.9, "seed": 7}
+    first, again = (client.chat.completions.create(**ask).choices[0].message.content for _ in range(2))  # type: ignore[call-overload]
+    assert first == again
+    other = client.chat.completions.create(**ask | {"seed": 8}).choices[0].message.content  # type: ignore[call-overload]
+    assert other != first
+    greedy = client.chat.completions.create(**ask | {"temperature": 0}).choices[0]  # type: ignore[call-overload]
+    text = greedy.message.content
+    stopped = client.chat.completions.create(**ask | {"temperature": 0, "stop": [text[3:6]]}).choices[0]  # type: ignore[call-overload]
+    assert stopped.message.content == text[: text.index(text[3:6])]
+    assert stopped.finish_reason == "stop"
+    more = [*messages, greedy.message.model_dump(), {"role": "user", "content": "还有?"}]
+    assert client.chat.completions.create(**ask | {"messages": more}).choices[0].message.content is not None  # type: ignore[call-overload]
+
+
+def test_low_detail_is_one_tile(client: openai.OpenAI) -> None:
+    wide = data_url(encoded(picture(3, (60, 240))))
+
+    def tokens(detail: str) -> int:
+        parts = [{"type": "image_url", "image_url": {"url": wide, "detail": detail}}, {"type": "text", "text": "?"}]
+        asked = client.chat.completions.create(model="tuned", messages=[{"role": "user", "content": parts}], max_tokens=1)  # type: ignore
+        return asked.usage.prompt_tokens  # type: ignore[union-attr]
+
+    assert tokens("low") < tokens("auto") == tokens("high")
+
+
+def test_of_64_parallel_requests_one_poisoned_63_are_right(client: openai.OpenAI, model: Model) -> None:
+    damaged = data_url(encoded(DISH, "JPEG")[:-900], "image/jpeg")
+    wanted = {number: expected(model, f"菜{number}?", 8, DISH) for number in range(4)}
+
+    def one(number: int) -> str:
+        url = damaged if number == 13 else URL
+        asked = client.chat.completions.create(  # type: ignore[call-overload]
+            model=("tuned", "base")[number % 2],
+            messages=asking(f"菜{number % 4}?", url),
+            temperature=0,
+            max_tokens=8,
+            stream=number % 3 == 0,
+        )
+        if number % 3 == 0:
+            return "".join(chunk.choices[0].delta.content or "" for chunk in asked)
+        return asked.choices[0].message.content
+
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        results = [pool.submit(one, number) for number in range(64)]
+    right = [number for number, result in enumerate(results) if not result.exception() and result.result() == wanted[number % 4]]
+    assert len(right) == 63
+    error = results[13].exception()
+    assert isinstance(error, openai.BadRequestError)
+    assert error.code == "invalid_image"
+    assert "damaged" in error.message
+
+
+def test_200_disconnects_leak_no_place_thread_or_memory(url: str, desk: Scheduler, client: openai.OpenAI) -> None:
+    threads = threading.active_count()
+
+    def body(stream: bool) -> dict[str, object]:
+        return {"model": "tuned", "messages": asking("x" * 50, URL), "max_tokens": 1500, "temperature": 1, "stream": stream}
+
+    for number in range(100):
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body(True), timeout=30) as got:
+            if number % 2:
+                next(got.iter_lines())
+    host, port = url.removeprefix("http://").split(":")
+    raw = json.dumps(body(False)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    for number in range(100):
+        with socket.create_connection((host, int(port))) as sock:
+            sock.sendall(head.encode() + raw)
+            time.sleep(0.001 * (number % 20))  # before it is read, while it waits, while it is answered
+    for _ in range(500):
+        load = desk.load()
+        if load.active == load.waiting == 0:
+            break
+        time.sleep(0.02)
+    assert (load.active, load.waiting) == (0, 0)
+    assert threading.active_count() <= threads + 4  # the event loop's own pool
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one).__name__ == "_Job"]
+    text = httpx.get(f"{url}/metrics").text
+    assert float(text.split("\nintervale_cancelled_total ")[1].split("\n")[0]) >= 100
+    assert client.chat.completions.create(model="tuned", messages=asking("ok?"), max_tokens=1).choices  # type: ignore[arg-type]
+
+
+def test_two_visitors_see_only_their_own(client: openai.OpenAI, model: Model) -> None:
+    """Each goes on with its own conversation while the other talks; each gets what it would get alone."""
+
+    def talk(name: str) -> list[str]:
+        messages = asking(f"I am {name}", data_url(encoded(picture(len(name)))))
+        said = []
+        for turn in range(3):
+            asked = client.chat.completions.create(model="tuned", messages=messages, temperature=0, max_tokens=10)  # type: ignore
+            said.append(asked.choices[0].message.content or "")
+            messages = [*messages, {"role": "assistant", "content": said[-1]}, {"role": "user", "content": f"{name} {turn}"}]
+        return said
+
+    alone = [talk("anna"), talk("bo")]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(talk, ["anna", "bo"])) == alone
