@@ -1,4 +1,4 @@
-# Two commands: `make demo` runs the whole journey on a small example, `make test` passes the tests. Each sets up what it needs.
+# Two commands: `make demo` runs the whole journey on the embedded model, `make test` passes the tests. Each sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,7 +11,7 @@ BIN := .venv/bin
 	@touch $@
 
 demo: .venv/ready
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/run.sh
+	$(BIN)/intervale quickstart
 
 test: .venv/ready
 	$(BIN)/ruff check .
@@ -20,4 +20,4 @@ test: .venv/ready
 	$(BIN)/pytest
 
 clean:
-	rm -rf .venv demo-out
+	rm -rf .venv quickstart

@@ -350,8 +350,14 @@ def _evaluate(loop: _Loop) -> None:
     job = loop.job
     set_modes(loop.network, job.recipe, False)
     records = job.held[loop.world.rank :: loop.world.size]
-    items = (load_item(record, job.side.tokenizer, job.side.template, job.side.tiling, loop.cache) for record in records)
-    sums = held_out(loop.network, (collate([item], loop.compute.image_token_id) for item in items), replace(loop.compute, kept=None))
+    size, side = job.recipe.train.batch_size, job.side
+
+    def batches() -> Iterator[Batch]:
+        for at in range(0, len(records), size):
+            items = [load_item(record, side.tokenizer, side.template, side.tiling, loop.cache) for record in records[at : at + size]]
+            yield collate(items, loop.compute.image_token_id)
+
+    sums = held_out(loop.network, batches(), replace(loop.compute, kept=None))
     set_modes(loop.network, job.recipe, True)
     loss, correct, targets = sum_values(loop.world, [sums.loss, float(sums.correct), float(sums.targets)])
     entry = {"step": loop.progress.step, "eval_loss": loss / targets, "eval_token_accuracy": correct / targets, "eval_items": len(job.held)}
