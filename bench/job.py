@@ -1,0 +1,214 @@
+"""How long does the tutorial's whole job take, from photographs to an exported model, and in how much memory?
+
+python bench/job.py [--photos DIR] [--items 256] [--epochs 10] [--lean] [--preset internvl2-2b] [--device cuda] [--set KEY=VALUE ...]
+                    [--work DIR] [--out FILE]
+
+256 questions on 12-megapixel photographs (13 tiles each) in the tutorial's LLaVA file -> `intervale prepare llava` -> `intervale train`,
+LoRA 128 on the language model and its output layer, batch 4 x accumulation 2 -> `intervale export --format hf`. The weights are random.
+`--lean` trains in as little memory as the recipe allows: batch 1 x accumulation 8, activations recomputed.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import train_sides
+from PIL import Image
+from train_data import MOST_TILES, base_model, draw_picture, on_all_cores, question_and_answer, set_keys
+
+LEAN = {"batch_size": 1, "accumulation": 8, "checkpointing": "on"}
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="a folder of JPEGs, enlarged to --size (default: drawn pictures)")
+    parser.add_argument("--size", default="4000x3000", help="pixels of a photograph")
+    parser.add_argument("--items", type=int, default=256)
+    parser.add_argument("--k", type=int, default=1, help="questions a photograph")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--lean", action="store_true", help="as little memory as possible")
+    parser.add_argument("--preset", default="internvl2-2b")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="data.workers")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe key")
+    parser.add_argument("--budget", type=float, default=570, help="seconds after which the training is ended, counted from the start")
+    parser.add_argument("--no-export", action="store_true")
+    parser.add_argument("--work", type=Path, help="a folder to work in and to keep the base model in (default: a temporary one)")
+    parser.add_argument("--out", type=Path, help="where the JSON goes too")
+    return parser.parse_args()
+
+
+def _enlarge(source: Path, target: Path, size: tuple[int, int], shift: int) -> None:
+    """The photograph's middle in the shape of `size`, enlarged; `shift` pixels cut off make a copy another picture."""
+    with Image.open(source) as opened:
+        picture = opened.convert("RGB")
+    wide = min(picture.width, picture.height * size[0] / size[1]) - shift
+    high = wide * size[1] / size[0]
+    left, top = (picture.width - wide) / 2, (picture.height - high) / 2
+    picture.resize(size, Image.Resampling.BICUBIC, (left, top, left + wide, top + high)).save(target, quality=90)
+
+
+def write_source(folder: Path, given: argparse.Namespace) -> Path:
+    """The photographs and the tutorial's LLaVA file of questions on them."""
+    size = tuple(map(int, given.size.split("x")))
+    (folder / "images").mkdir(parents=True)
+    pictures = [folder / "images" / f"photo-{number:03d}.jpg" for number in range(-(-given.items // given.k))]
+    if given.photos:
+        photos = sorted(p for p in given.photos.iterdir() if p.suffix.lower() in (".jpg", ".jpeg"))
+        if not photos:
+            raise SystemExit(f"{given.photos}: no JPEG in it")
+        plan = [(photos[n % len(photos)], path, size, n // len(photos)) for n, path in enumerate(pictures)]
+        on_all_cores(_enlarge, plan)
+    else:
+        on_all_cores(draw_picture, [(path, *size, number) for number, path in enumerate(pictures)])
+    draw, items = random.Random(0), []
+    for number in range(given.items):
+        question, answer = question_and_answer(number, draw)
+        talk = [{"from": "human", "value": f"{question}\n<image>"}, {"from": "gpt", "value": answer}]
+        items.append({"id": f"vqa-{number}", "image": f"images/{pictures[number // given.k].name}", "conversations": talk})
+    (folder / "sivqa_llava.json").write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
+    return folder / "sivqa_llava.json"
+
+
+def command(stage: str, seconds: dict[str, float], device: str, *words: object) -> None:
+    """Run an `intervale` command as a user would, and note its seconds. Its failure ends the benchmark."""
+    paths = [str(train_sides.SRC), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "INTERVALE_DEVICE": device}
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-m", "intervale", *map(str, words)], env=environment, check=False)
+    seconds[stage] = round(time.monotonic() - begun, 2)
+    print(f"[{stage}: {seconds[stage]} s]", flush=True)
+    if done.returncode:
+        raise SystemExit(f"{stage} failed with code {done.returncode}")
+
+
+def recipe_of(given: argparse.Namespace, base: Path, data: Path, out: Path) -> dict[str, Any]:
+    """The tutorial's recipe as plain values."""
+    train = {"epochs": given.epochs, "batch_size": 4, "accumulation": 2, "learning_rate": 3e-5, "save_steps": 64}
+    recipe: dict[str, Any] = {
+        "model": str(base),
+        "out": str(out),
+        "data": {"train": str(data / "train.jsonl"), "max_tiles": MOST_TILES, "min_tiles": 1, "workers": given.workers},
+        "lora": {"rank": 128, "alpha": 256.0, "dropout": 0.05, "targets": "llm+head"},
+        "train": train | (LEAN if given.lean else {}),
+    }
+    recipe, notes = set_keys(recipe, given.set)
+    for text in notes:
+        print(f"note: {text}", flush=True)
+    return recipe
+
+
+def training_stages(found: dict[str, Any]) -> dict[str, float]:
+    """Seconds of the training by stage, from when its log lines and its metrics appeared.
+
+    start: imports and the measuring of the data; load: the network; ready to step 1: whatever happens before the first step that is not
+    the step (loading ahead, encoding pictures); steps: all optimizer steps, as they tell their own seconds; between: waiting for data,
+    checkpoints on the way and plots; save: after the last step.
+    """
+    lines = [(at, line) for at, line in zip(found["line_times"], found["lines"], strict=False) if "loss" in line]
+    told = found["told"]
+    loading = next((at for at, text in told if text.startswith(("loading ", "载入"))), found["begun"])
+    loaded = next((at for at, _ in told if at > loading), loading)
+    first, last = lines[0], lines[-1]
+    steps = sum(line["seconds"] for _, line in lines)
+    return {
+        "start": loading - found["started"],
+        "load": loaded - loading,
+        "ready to step 1": first[0] - loaded - first[1]["seconds"],
+        "steps": steps,
+        "between": last[0] - first[0] - (steps - first[1]["seconds"]),
+        "save": found["ended"] - last[0],
+    }
+
+
+def training_numbers(found: dict[str, Any]) -> dict[str, Any]:
+    """Rates, memory and losses of the training; seconds of the first and of the last epoch (the first encodes the pictures)."""
+    lines = [line for line in found["lines"] if "loss" in line]
+    epochs = max(1, round(lines[-1]["epoch"]))
+    each = len(lines) // epochs
+    known = {key: value for line in found["lines"] for key, value in line.items() if "encode" in key or "feature" in key}
+    seconds = [line["seconds"] for line in lines]
+    return {
+        "steps": len(lines),
+        "samples": sum(line["samples"] for line in lines),
+        "first_step_s": seconds[0],
+        "step_s": round(statistics.median(seconds), 4),
+        "first_epoch_s": round(sum(seconds[:each]), 2),
+        "last_epoch_s": round(sum(seconds[-each:]), 2),
+        "samples_s_steady": round(lines[-1]["samples"] / statistics.median(seconds[-each:]), 3) if epochs > 1 else None,
+        "peak_gib": found["peak_gib"],
+        "reserved_gib": found.get("reserved_gib"),
+        "first_loss": lines[0]["loss"],
+        "last_loss": lines[-1]["loss"],
+    } | known
+
+
+def run(given: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """The job; returns what it measured."""
+    seconds: dict[str, float] = {}
+    begun = time.monotonic()
+    case = work / f"job-{time.time_ns()}"
+    recipe = recipe_of(given, work / f"base-{given.preset}", case / "data", case / "run")
+    base_model(work, given.preset)
+    source = write_source(case / "source", given)
+    weight = sum(path.stat().st_size for path in (case / "source" / "images").iterdir()) / 2**20
+    print(f"[random base and {weight:.0f} MiB of photographs: {time.monotonic() - begun:.0f} s, no part of the job]", flush=True)
+    command("prepare", seconds, given.device, "prepare", "llava", source, case / "data", "--image-root", case / "source")
+    left = max(60.0, given.budget - (time.monotonic() - begun))
+    found = train_sides.run_child({"side": "ours", "name": "job", "recipe": recipe, "device": given.device}, work, left)
+    if "error" in found:
+        raise SystemExit(f"training failed: {found['error']}\n" + "\n".join(found.get("log", [])))
+    for at, text in found["told"]:
+        print(f"{at - found['begun']:7.1f} s  {text}")
+    stages = {name: round(value, 2) for name, value in training_stages(found).items()}
+    seconds["train"] = round(found["process_s"], 2)
+    if not given.no_export:
+        command("export", seconds, given.device, "export", case / "run", case / "tuned", "--format", "hf")
+    shutil.rmtree(case)
+    machine = {key: found[key] for key in ("device", "cuda", "threads", "versions") if key in found}
+    settings = {key: getattr(given, key) for key in ("preset", "items", "k", "size", "epochs", "lean", "workers", "set")}
+    settings["photos"] = bool(given.photos)
+    head = {"bench": "job", "date": datetime.date.today().isoformat(), **machine, "case": settings}
+    return head | {"seconds": seconds, "training_seconds": stages, "training": training_numbers(found)}
+
+
+def main() -> None:
+    """Run the job; the last line printed is its JSON."""
+    given = options()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that a child is ended too
+    with tempfile.TemporaryDirectory() as temporary:
+        result = run(given, (given.work or Path(temporary)).resolve())
+    print("\nstage                 seconds")
+    for stage, value in result["seconds"].items():
+        print(f"{stage:20} {value:8.1f}")
+        for name, part in result["training_seconds"].items() if stage == "train" else ():
+            print(f"  {name:18} {part:8.1f}")
+    print(f"{'in all':20} {sum(result['seconds'].values()):8.1f}")
+    numbers = result["training"]
+    print(
+        f"{numbers['steps']} steps, {numbers['samples']} samples; first epoch {numbers['first_epoch_s']} s, last {numbers['last_epoch_s']} s; ",
+        end="",
+    )
+    print(
+        f"peak {numbers['peak_gib']} GiB (held {numbers['reserved_gib']}); loss {numbers['first_loss']:.3f} -> {numbers['last_loss']:.3f}"
+    )
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(json.dumps(result, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
