@@ -1,6 +1,7 @@
 """Each device changes the speed, not the step: equivalences in float32 with dropout 0."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import InternVLForConditionalGeneration
 from intervale.core.records import Message, Record, read_records
 from intervale.data.dataset import Item, TileCache, load_item
 from intervale.model.attention import use_packed_attention
-from intervale.model.forward import normalise
+from intervale.model.forward import normalise, tower_features
 from intervale.model.load import load_network, text_side
 from intervale.train.batches import collate
 from intervale.train.prepare import choose_checkpointing, estimate, freeze_and_adapt, set_modes
@@ -39,6 +40,21 @@ def packed(network: InternVLForConditionalGeneration) -> InternVLForConditionalG
     return network
 
 
+class Remembered(dict[str, torch.Tensor]):
+    """Features by key, as a run keeps them."""
+
+    projected = False
+
+    def get(self, key: str) -> torch.Tensor:  # type: ignore[override]
+        return self[key]
+
+
+def remembered(network: InternVLForConditionalGeneration, items: list[Item]) -> Remembered:
+    tiles = {picture.key: picture.tiles_PHWC for item in items for picture in item.pictures}
+    with torch.no_grad():
+        return Remembered({key: tower_features(network, normalise(torch.from_numpy(own), torch.float32)) for key, own in tiles.items()})
+
+
 def gradients(
     tiny: Path, items: list[Item], sizes: list[int], keep: bool = False, share: bool = False, **train: object
 ) -> tuple[float, dict[str, torch.Tensor]]:
@@ -55,8 +71,11 @@ def gradients(
         cost = estimate(network, chosen, torch.float32, 100, 4)
         assert choose_checkpointing(network, chosen, cost, torch.device("cpu"))
     bounds = np.cumsum([0, *sizes])
+    kept = remembered(network, items) if keep else None
+    if keep:
+        items = [replace(item, pictures=tuple(replace(picture, tiles_PHWC=None) for picture in item.pictures)) for item in items]
     batches = [collate(items[a:b], TOKEN, share) for a, b in itertools.pairwise(bounds)]
-    compute = Compute(torch.float32, torch.device("cpu"), TOKEN, {} if keep else None)
+    compute = Compute(torch.float32, torch.device("cpu"), TOKEN, kept)
     targets = sum(batch.targets for batch in batches)
     for _ in range(2 if keep else 1):  # the second pass takes every feature from memory
         network.zero_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,10 +25,11 @@ from intervale.data.tiling import Tiling, cut_tiles
 
 @dataclass(frozen=True)
 class ItemPicture:
-    """A picture of an item: what names it in this run, and its uint8 tiles."""
+    """A picture of an item: what names it in this run, how many tiles it makes, and those uint8 tiles, or None where its features are kept."""
 
     key: str
-    tiles_PHWC: np.ndarray
+    count: int
+    tiles_PHWC: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,28 @@ def _prompt(record: Record, counts: Sequence[int], tokenizer: Tokenizer, templat
     return encode_turns(turns_of(record.messages, [n * tiling.tokens_per_tile for n in counts]), template, tokenizer)
 
 
-def load_item(record: Record, tokenizer: Tokenizer, template: Template, tiling: Tiling, cache: TileCache) -> Item:
-    """Decode, tile and tokenise one record. Raises: UserError when a picture cannot be read."""
-    pictures = tuple(ItemPicture(str(record.root / image), cache.tiles(record, image, tiling)) for image in record.images)
-    prompt = _prompt(record, [len(picture.tiles_PHWC) for picture in pictures], tokenizer, template, tiling)
-    return Item(record.id, prompt.ids_S, prompt.trained_S, pictures)
+def load_item(
+    record: Record,
+    tokenizer: Tokenizer,
+    template: Template,
+    tiling: Tiling,
+    cache: TileCache,
+    kept: Mapping[str, tuple[str, int]] | None = None,
+) -> Item:
+    """Tokenise one record; decode and tile its pictures, but for those in `kept` ({path: (key, tiles)}), whose features are known.
+
+    Raises: UserError when a picture cannot be read.
+    """
+    pictures = []
+    for image in record.images:
+        path = str(record.root / image)
+        if kept is not None and path in kept:
+            pictures.append(ItemPicture(*kept[path], None))
+        else:
+            tiles = cache.tiles(record, image, tiling)
+            pictures.append(ItemPicture(path, len(tiles), tiles))
+    prompt = _prompt(record, [picture.count for picture in pictures], tokenizer, template, tiling)
+    return Item(record.id, prompt.ids_S, prompt.trained_S, tuple(pictures))
 
 
 def measure(record: Record, tokenizer: Tokenizer, template: Template, tiling: Tiling, max_length: int) -> Size:

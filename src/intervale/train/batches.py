@@ -27,8 +27,9 @@ _STEPS_AHEAD = 2
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch without padding. `targets_1T`: the id that must follow each token, or -1. Of each distinct picture the tiles
-    stand once in `tiles_PHWC` (`tiles_of` says how many); `slots` names the picture of each place in the text."""
+    """A micro-batch without padding. `targets_1T`: the id that must follow each token, or -1. `tiles_of` says
+    how many tiles each distinct picture has; those of `live` ones stand in `tiles_PHWC`, of the others the features are kept under their
+    key. `slots` names the picture of each place in the text."""
 
     ids_1T: torch.Tensor
     positions_1T: torch.Tensor
@@ -37,6 +38,7 @@ class Batch:
     tiles_PHWC: torch.Tensor
     keys: tuple[str, ...]
     tiles_of: tuple[int, ...]
+    live: tuple[bool, ...]
     slots: tuple[int, ...]
     ids: tuple[str, ...]  # the items' own
 
@@ -67,7 +69,7 @@ def collate(items: Sequence[Item], image_token: int, share: bool = False) -> Bat
     positions_T, branch_T = torch.from_numpy(rows.positions_T), torch.from_numpy(rows.branch_T)
     distinct = {picture.key: picture for picture in rows.pictures}
     number = {key: at for at, key in enumerate(distinct)}
-    tiles = [picture.tiles_PHWC for picture in distinct.values()]
+    tiles = [picture.tiles_PHWC for picture in distinct.values() if picture.tiles_PHWC is not None]
     return Batch(
         torch.from_numpy(rows.ids_T)[None],
         positions_T[None],
@@ -75,7 +77,8 @@ def collate(items: Sequence[Item], image_token: int, share: bool = False) -> Bat
         layout_of(rows.lengths, positions_T, branch_T, rows.shared),
         torch.from_numpy(np.concatenate(tiles)) if tiles else torch.zeros((0, 1, 1, 3), dtype=torch.uint8),
         tuple(distinct),
-        tuple(map(len, tiles)),
+        tuple(picture.count for picture in distinct.values()),
+        tuple(picture.tiles_PHWC is not None for picture in distinct.values()),
         tuple(number[picture.key] for picture in rows.pictures),
         tuple(item.id for item in items),
     )

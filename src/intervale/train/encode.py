@@ -47,6 +47,7 @@ class Encoded:
     computed: int  # distinct pictures computed now
     left: int  # distinct pictures the store had no room for: they are computed live
     seconds: float
+    distinct: dict[str, Picture]  # by key
 
 
 class _Pictures(Dataset[Any]):
@@ -336,7 +337,7 @@ def encode_pictures(
             del keys[path]
     left, seconds = untried + encoder.done - encoder.kept, time.monotonic() - begun
     _tell_end(encoder, left, len(bad), seconds, store, tell)
-    return Encoded(keys, [(path, bad[path]) for path in named if path in bad], encoder.done, left, seconds)
+    return Encoded(keys, [(path, bad[path]) for path in named if path in bad], encoder.done, left, seconds, distinct)
 
 
 def _tell_end(encoder: _Encoder, left: int, bad: int, seconds: float, store: FeatureStore, tell: Tell) -> None:

@@ -28,12 +28,16 @@ from intervale.model.load import TextSide, as_device, load_network, narrow, reso
 from intervale.model.source import build_network, fingerprint, open_source
 from intervale.train.nonfinite import NONFINITE
 from intervale.train.parallel import World
-from intervale.train.prepare import Cost, choose_checkpointing, estimate, free_memory, freeze_and_adapt, precision_of
+from intervale.train.prepare import Cost, choose_checkpointing, estimate, freeze_and_adapt, precision_of
 from intervale.train.recipe import TrainRecipe
 
 Tell = Callable[[str], None]
 # What may differ between a run and its resumption without changing the mathematics of the steps that are left.
-_FREE = {"out": None, "data": ("workers", "eval"), "train": ("save_steps", "save_total_limit", "eval_steps", "features", "checkpointing")}
+_FREE = {
+    "out": None,
+    "data": ("workers", "eval", "features_dir", "features_gib"),
+    "train": ("save_steps", "save_total_limit", "eval_steps", "features", "checkpointing"),
+}
 
 
 _WORTH_SHARING = 1.5  # questions a picture
@@ -199,25 +203,6 @@ def plan_for(job: Job, world: World) -> tuple[InternVLForConditionalGeneration, 
     dtype = precision_of(job.recipe.train.precision, world.device)
     network = build_network(open_source(job.base, job.side.tokenizer.control("<IMG_CONTEXT>")).config)
     return network, dtype, _estimate(job, network, dtype)
-
-
-def keep_features(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dtype) -> tuple[bool, str]:
-    """(keep the tower's features in memory?, why). Raises: UserError for `cache` when the tower learns."""
-    wanted = job.recipe.train.features
-    if job.recipe.train.vision != "frozen":
-        if wanted == "cache":
-            raise UserError(
-                "train.features is cache, but train.vision is not frozen: the features change at every step", "use auto or live"
-            )
-        return False, "the vision tower learns"
-    if wanted == "live":
-        return False, "the recipe says so"
-    width = network.config.vision_config.hidden_size * int(1 / network.config.downsample_ratio) ** 2
-    need = sum(size.tiles for size in job.sizes) * job.side.tiling.tokens_per_tile * width * dtype.itemsize
-    have = free_memory(torch.device("cpu"))
-    if wanted == "auto" and need > have / 4:
-        return False, f"{need / 2**30:.1f} GiB of features would take more than a quarter of the {have / 2**30:.1f} GiB free"
-    return True, f"the vision tower is frozen; at most {need / 2**30:.2f} GiB"
 
 
 def picture_groups(job: Job) -> tuple[int, ...]:

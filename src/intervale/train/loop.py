@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from intervale.data.dataset import Item, TileCache, load_item, step_items
 from intervale.data.images import PictureError
 from intervale.train import job as jobs
 from intervale.train.batches import Batch, Loaded, collate, load_ahead, load_step
+from intervale.train.feature_cache import fill, plan_of, told
 from intervale.train.job import Job
 from intervale.train.nonfinite import keep_step
 from intervale.train.optimizer import Optimizers, make_optimizer
@@ -67,6 +68,7 @@ class _Loop:
     optimizer: Optimizers
     compute: Compute
     cache: TileCache
+    known: Mapping[str, tuple[str, int]] | None  # the pictures whose features are kept
     total: int
     progress: Progress
     share: bool = False
@@ -140,7 +142,7 @@ def _dry_run(job: Job, world: World) -> Outcome:
         f"memory, estimated: {cost.total / GIB:.2f} GiB = weights {cost.weights / GIB:.2f} + gradients and optimizer "
         f"{cost.optimizer / GIB:.2f} + activations {cost.activations / GIB:.2f}; free on {world.device}: {free_memory(world.device) / GIB:.1f} GiB",
         f"disk: {cost.checkpoint / GIB:.2f} GiB a checkpoint, {_kept(job, total)} kept",
-        f"precision: {str(dtype).removeprefix('torch.')}; features: {'kept' if jobs.keep_features(job, network, dtype)[0] else 'live'}",
+        f"precision: {str(dtype).removeprefix('torch.')}; features: {told(plan_of(job, network, dtype, world.size))}",
         f"out: {job.folder} (nothing was written)",
     ]
     for line in lines:
@@ -157,15 +159,14 @@ def _kept(job: Job, total: int) -> int:
 def _train(job: Job, world: World, state: str, accept_changes: bool) -> Outcome:
     job.tell(say(f"loading {job.base}", f"载入 {job.base}"))
     network, dtype, cost = jobs.load_for(job, world)
-    keep, why = jobs.keep_features(job, network, dtype)
+    plan = plan_of(job, network, dtype, world.size)
     optimizer = make_optimizer(network, job.recipe)
-    compute = Compute(dtype, world.device, job.side.tokenizer.control("<IMG_CONTEXT>"), {} if keep else None)
     total = job.steps(world.size)
     job.tell(_describe(job, world, total))
     job.tell(
         say(
             f"{cost.trainable:,} of {cost.parameters:,} parameters learn, {str(dtype).removeprefix('torch.')} on {world.device}; "
-            f"features {'kept' if keep else 'live'}: {why}",
+            f"features: {told(plan)}",
             f"训练 {cost.parameters:,} 个参数中的 {cost.trainable:,} 个，{str(dtype).removeprefix('torch.')}，设备 {world.device}",
         )
     )
@@ -175,8 +176,11 @@ def _train(job: Job, world: World, state: str, accept_changes: bool) -> Outcome:
     share, why_share = jobs.share_prefixes(job)
     if why_share:
         job.tell(why_share)
-    cache = _tile_cache(job, world)
-    loop = _Loop(job, world, network, optimizer, compute, cache, total, progress, share, skipped=already_skipped(job.folder))
+    kept = fill(job, world, network, dtype, plan)
+    compute = Compute(dtype, world.device, job.side.tokenizer.control("<IMG_CONTEXT>"), kept)
+    known = kept.known if kept else None
+    loop = _Loop(job, world, network, optimizer, compute, _tile_cache(job, world), known, total, progress, share)
+    loop.skipped |= already_skipped(job.folder)
     if world.first:
         jobs.write_run(job, "running")
         forget_after(job.folder, progress.step)
@@ -237,7 +241,7 @@ def _steps(loop: _Loop) -> None:
     image_token, processes = loop.compute.image_token_id, world.device.type == "cuda"
 
     def load(index: int) -> Item:
-        return load_item(job.train[index], job.side.tokenizer, job.side.template, job.side.tiling, loop.cache)
+        return load_item(job.train[index], job.side.tokenizer, job.side.template, job.side.tiling, loop.cache, loop.known)
 
     def step(number: int) -> Loaded:
         order = step_items(len(job.train), job.per_step * world.size, recipe.train.seed, number, together)

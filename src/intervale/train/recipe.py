@@ -25,6 +25,8 @@ class Data(BaseModel):
     min_tiles: PositiveInt | None = None
     workers: Annotated[int, Field(ge=0)] = 2
     on_bad_sample: Literal["fail", "skip"] = "fail"
+    features_dir: str | None = None
+    features_gib: Number = 20
 
 
 class Lora(BaseModel):

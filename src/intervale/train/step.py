@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from transformers import InternVLForConditionalGeneration
@@ -17,14 +18,27 @@ from intervale.model.forward import embed, normalise, target_losses, tower_featu
 from intervale.train.batches import Batch
 
 
+class Kept(Protocol):
+    """Features that were computed before."""
+
+    @property
+    def projected(self) -> bool:
+        """Are they behind the projector already?"""
+        ...
+
+    def get(self, key: str) -> torch.Tensor:
+        """(tiles, tokens, width) of a picture, on the CPU."""
+        ...
+
+
 @dataclass(frozen=True)
 class Compute:
-    """How a forward pass is computed: type, device, and the kept tower features (None: the tower runs every time)."""
+    """How a forward pass is computed: type, device, and the features that are kept (None: every picture comes with its tiles)."""
 
     dtype: torch.dtype
     device: torch.device
     image_token_id: int
-    kept: dict[str, torch.Tensor] | None = None
+    kept: Kept | None = None
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """bfloat16 where it is safe; nothing in float32."""
@@ -44,20 +58,23 @@ class Sums:
 
 
 def _features(network: InternVLForConditionalGeneration, batch: Batch, compute: Compute) -> torch.Tensor | None:
-    """The projected features of a batch's tiles, each picture's once, the tower's part from memory where it was seen before."""
+    """The projected features of a batch's tiles, each picture's once, the tower's part from what is kept where it is."""
     if not batch.slots:
         return None
-    tiles = batch.tiles_PHWC.split(list(batch.tiles_of))
-    if compute.kept is None:
-        towers = tower_features(network, normalise(batch.tiles_PHWC, compute.dtype)).split(list(batch.tiles_of))
+    counts = [count for count, live in zip(batch.tiles_of, batch.live, strict=True) if live]
+    seen = iter(tower_features(network, normalise(batch.tiles_PHWC, compute.dtype)).split(counts)) if counts else iter(())
+    parts = [next(seen) if live else _kept(compute, key) for key, live in zip(batch.keys, batch.live, strict=True)]
+    project = network.model.multi_modal_projector
+    if compute.kept is not None and compute.kept.projected:
+        projected = [project(part) if live else part for part, live in zip(parts, batch.live, strict=True)]
     else:
-        for key, own in zip(batch.keys, tiles, strict=True):
-            if key not in compute.kept:
-                with torch.no_grad():
-                    compute.kept[key] = tower_features(network, normalise(own, compute.dtype)).cpu()
-        towers = tuple(compute.kept[key].to(compute.device, non_blocking=True) for key in batch.keys)
-    projected = network.model.multi_modal_projector(torch.cat(towers)).split(list(batch.tiles_of))
+        projected = list(project(torch.cat(parts)).split(list(batch.tiles_of)))
     return torch.cat([projected[slot] for slot in batch.slots])
+
+
+def _kept(compute: Compute, key: str) -> torch.Tensor:
+    assert compute.kept is not None, "a picture without tiles has its features kept"
+    return compute.kept.get(key).to(compute.device, non_blocking=True)
 
 
 def batch_losses(network: InternVLForConditionalGeneration, batch: Batch, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:

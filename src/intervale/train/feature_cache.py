@@ -1,0 +1,138 @@
+"""The features of a frozen tower during a run: where they are kept, filled before the first step, found by picture afterwards.
+
+Promises: a run with kept features is the run without them (tests); what cannot be kept is computed live, and the log says which and
+why; an entry that is lost or damaged meanwhile is computed again. Cost: the pass of `train.encode`, then one copy a picture and step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import InternVLForConditionalGeneration
+
+from intervale.core.errors import UserError
+from intervale.core.files import inside
+from intervale.data.images import picture_size
+from intervale.data.pictures import Picture, count_tiles, load_tiles, pictures_of
+from intervale.data.tiling import Tiling
+from intervale.model.feature_plan import Place, Plan, default_store_folder, plan_features
+from intervale.model.features import FeatureStore, Stage, bytes_needed, tower_digest
+from intervale.model.forward import normalise, picture_features, tower_features
+from intervale.train.encode import encode_pictures
+from intervale.train.job import Job
+from intervale.train.parallel import World, wait
+from intervale.train.prepare import free_memory
+
+_CPU_BATCH, _GPU_BATCH = 16, 64  # tiles a forward pass
+
+
+def plan_of(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dtype, processes: int = 1) -> Plan:
+    """Where this run keeps its features, and why. Raises: UserError for `cache` where the tower learns or nothing has room."""
+    recipe, wanted = job.recipe, job.recipe.train.features
+    if recipe.train.vision != "frozen":
+        if wanted == "cache":
+            what = "train.features is cache, but train.vision is not frozen: the features change at every step"
+            raise UserError(what, "use auto or live")
+        return Plan("live", "the vision tower learns", 0)
+    if wanted == "live":
+        return Plan("live", "the recipe says so", 0)
+    pictures = pictures_of(job.train)
+    if not pictures:
+        return Plan("live", "there are no pictures", 0)
+    count, tiles = count_tiles(pictures, job.side.tiling)
+    need = bytes_needed(network.config, job.side.tiling, tiles, count, _stage(job), dtype)
+    named = recipe.data.features_dir
+    folder = Path(named) if named else default_store_folder()
+    budget = int(recipe.data.features_gib * (1 << 30))
+    free = free_memory(torch.device("cpu")) // processes  # in memory each process has its own
+    plan = plan_features(need, free_ram=free, folder=folder if budget else None, disk_budget=budget, disk_first=named is not None)
+    if plan.place == "live" and wanted == "cache":
+        raise UserError(
+            f"train.features is cache, but {plan.why}", "raise data.features_gib, name a larger disk in data.features_dir, or use auto"
+        )
+    return plan
+
+
+def told(plan: Plan) -> str:
+    """The plan in words."""
+    kept = {"ram": "kept in memory", "disk": "kept on the disk", "live": "live"}[plan.place]
+    return f"{kept}: {plan.why}"
+
+
+def _stage(job: Job) -> Stage:
+    return "projected" if job.recipe.train.projector == "frozen" else "tower"
+
+
+@dataclass(frozen=True)
+class KeptFeatures:
+    """A run's features. `known`: {path as the records name it: (key, tiles)} of every picture that is kept."""
+
+    store: FeatureStore
+    known: dict[str, tuple[str, int]]
+    projected: bool
+    _pictures: dict[str, Picture]
+    _network: InternVLForConditionalGeneration
+    _tiling: Tiling
+    _dtype: torch.dtype
+    _device: torch.device
+
+    def get(self, key: str) -> torch.Tensor:
+        """(tiles, tokens, width) on the CPU. Raises: UserError when an entry was lost and its picture cannot be read any more."""
+        found = self.store.get(key)
+        if found is not None:
+            return found
+        tiles = load_tiles(self._pictures[key], self._tiling)
+        if isinstance(tiles, UserError):
+            raise tiles
+        features = picture_features if self.projected else tower_features
+        with torch.no_grad():
+            computed = features(self._network, normalise(torch.from_numpy(tiles).to(self._device), self._dtype)).cpu()
+        self.store.put(key, computed)
+        return computed
+
+
+def fill(job: Job, world: World, network: InternVLForConditionalGeneration, dtype: torch.dtype, plan: Plan) -> KeptFeatures | None:
+    """Compute what is not kept yet; None where the plan is to compute live. A KeyboardInterrupt loses nothing that is stored."""
+    if plan.place == "live":
+        return None
+    store = _store(job, world, plan.place, plan.need)
+    stage, tiling = _stage(job), job.side.tiling
+    pictures = pictures_of(job.train)
+    digest = tower_digest(job.base, projector=stage == "projected")
+    share = (world.rank, world.size) if plan.place == "disk" else (0, 1)
+    encoded = encode_pictures(
+        pictures,
+        network,
+        tiling,
+        store,
+        digest=digest,
+        dtype=dtype,
+        device=world.device,
+        stage=stage,
+        workers=job.recipe.data.workers,
+        batch_tiles=_GPU_BATCH if world.device.type == "cuda" else _CPU_BATCH,
+        tell=job.tell,
+        share=share,
+    )
+    wait(world)
+    if encoded.bad and job.recipe.data.on_bad_sample == "fail":
+        raise encoded.bad[0][1]
+    known: dict[str, tuple[str, int]] = {}
+    for record in job.train:
+        for image in record.images:
+            path, name = inside(record.root, image, record.where), str(record.root / image)
+            key = encoded.keys.get(path)
+            if name not in known and key is not None and key in store:
+                known[name] = (key, tiling.tiles_of(*picture_size(path)))
+    return KeptFeatures(store, known, stage == "projected", encoded.distinct, network, tiling, dtype, world.device)
+
+
+def _store(job: Job, world: World, place: Place, need: int) -> FeatureStore:
+    pin = world.device.type == "cuda"
+    if place == "ram":
+        return FeatureStore(None, ram_budget=need, tell=job.tell, pin=pin)
+    folder = Path(job.recipe.data.features_dir) if job.recipe.data.features_dir else default_store_folder()
+    hot = free_memory(torch.device("cpu")) // world.size // 8
+    return FeatureStore(folder, disk_budget=int(job.recipe.data.features_gib * (1 << 30)), ram_budget=hot, tell=job.tell, pin=pin)
