@@ -144,7 +144,7 @@ def _chat_widgets(words: gr.I18n) -> dict[str, Any]:
     )
     with gr.Row(elem_classes="iv-quick"):
         questions = [gr.Button(words(f"q{at}"), size="sm", variant="secondary") for at in range(len(QUESTIONS))]
-        new = gr.Button(words("new"), size="sm", variant="stop", elem_id="iv-new")
+        new = gr.Button(words("new"), size="sm", variant="secondary", elem_id="iv-new")
     return {"talk": gr.State(()), "window": window, "status": status, "box": box, "questions": questions, "new": new}
 
 
@@ -164,7 +164,7 @@ def _compare_widgets(words: gr.I18n) -> dict[str, Any]:
     )
     with gr.Row(elem_classes="iv-quick"):
         questions = [gr.Button(words(f"q{at}"), size="sm", variant="secondary") for at in range(len(QUESTIONS))]
-        new = gr.Button(words("again"), size="sm", variant="stop", elem_id="iv-again")
+        new = gr.Button(words("again"), size="sm", variant="secondary", elem_id="iv-again")
     return {"sides": gr.State(()), "asked": asked, "panels": panels, "status": status, "box": box, "questions": questions, "new": new}
 
 
@@ -201,6 +201,7 @@ def _wire_chat(page: Page, chat: dict[str, Any], chosen: list[Any]) -> None:
     ]
     box.stop(page.stop, talk, out, cancels=running, **quiet)
     chat["new"].click(page.clear, None, out, cancels=running, **quiet)
+    window.clear(page.clear, None, out, cancels=running, **quiet)
     _wire_questions(page, chat)
 
 

@@ -26,7 +26,7 @@ from intervale.serve.metrics import Metrics
 from intervale.serve.ui_about import Facts, about_html
 from intervale.serve.ui_compare import panels, verdict
 from intervale.serve.ui_shelf import Example, shelf_html
-from intervale.serve.ui_talk import Exchange, Settings, Side, Talk, answers, checked_settings, numbers, request_of, shown, thumbs_of, told
+from intervale.serve.ui_talk import Exchange, Settings, Side, Talk, answers, checked_settings, numbers, request_of, shown, strip_of, told
 from intervale.serve.ui_words import QUESTIONS, error_text, language_of, pick
 
 _Values = tuple[Any, ...]
@@ -42,7 +42,7 @@ def messages(talk: Talk) -> list[dict[str, Any]]:
     """The conversation for the chat window."""
     out: list[dict[str, Any]] = []
     for one in talk:
-        parts: list[Any] = [{"path": path} for path in one.thumbs]
+        parts: list[Any] = [{"path": path} for path in one.shown]
         out.append({"role": "user", "content": [*parts, shown(one.text)]})
         text = shown(one.answer)
         if one.end == "error":
@@ -60,7 +60,7 @@ def question_at(talk: Talk, index: Any) -> int:
     place = index[0] if isinstance(index, (list, tuple)) else int(index)
     seen = -1
     for number, one in enumerate(talk):
-        seen += len(one.thumbs) + 2
+        seen += len(one.shown) + 2
         if place <= seen:
             return number
     return len(talk) - 1
@@ -97,12 +97,12 @@ class Page:
             yield gr.skip(), gr.skip(), box_of(False), pick(tongue, "Type a question first.", "请先输入问题。")
             return
         try:
-            thumbs = await asyncio.to_thread(thumbs_of, files, self.folder, self.serving)
+            strip = await asyncio.to_thread(strip_of, files, self.folder, self.serving)
         except Exception as error:
             fault = told(error)
             yield gr.skip(), gr.skip(), box_of(False), "⚠️ " + error_text(tongue, fault.code, fault.message)
             return
-        talk = (*talk, Exchange(text, files, thumbs))
+        talk = (*talk, Exchange(text, files, strip))
         async for values in self._answered(request, talk, chosen, box_of(True, value=None)):
             yield values
 
@@ -120,7 +120,7 @@ class Page:
         if not talk or not text:
             yield talk, messages(talk), box_of(False), ""
             return
-        changed = Exchange(text, talk[at].pictures, talk[at].thumbs)
+        changed = Exchange(text, talk[at].pictures, talk[at].shown)
         async for values in self._answered(request, (*talk[:at], changed), chosen, box_of(True)):
             yield values
 
@@ -179,8 +179,8 @@ class Page:
                 return
             settings = checked_settings(self.serving.limits, *chosen)
             settings = dataclasses.replace(settings, seed=secrets.randbelow(2**31) if settings.seed is None else settings.seed)
-            thumbs = await asyncio.to_thread(thumbs_of, files, self.folder, self.serving)
-            talk, visitor = (Exchange(text, files, thumbs),), f"page:{request.session_hash}"
+            strip = await asyncio.to_thread(strip_of, files, self.folder, self.serving)
+            talk, visitor = (Exchange(text, files, strip),), f"page:{request.session_hash}"
             both = [dataclasses.replace(settings, model=name) for name in names]
             asked = [await request_of(talk, one, visitor, self.folder, self.serving) for one in both]
         except Exception as error:
@@ -211,7 +211,7 @@ class Page:
         return (), "", panels(self.desk.models[:2], None, language(request)), box_of(False, value=None), ""
 
     def _asked(self, one: Exchange) -> str:
-        pictures = "".join(f'<img src="/gradio_api/file={escape(path)}" alt="">' for path in one.thumbs)
+        pictures = "".join(f'<img src="/gradio_api/file={escape(path)}" alt="">' for path in one.shown)
         return f'<div class="iv-asked">{pictures}<p>{escape(one.text)}</p></div>'
 
     # -- Beside them

@@ -18,6 +18,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from intervale.data.images import load_picture
 from intervale.engine.api import ChatTurn, Desk, Photo, Request, Sampling
 from intervale.serve.app import Serving
@@ -29,16 +31,16 @@ from intervale.serve.ui_words import pick
 
 log = logging.getLogger("intervale.serve.page")
 EVERY, LIFE = 0.06, 1.0
-_THUMB = 480  # pixels
+_STRIP, _GAP, _A_ROW = 240, 12, 4  # of the pictures shown beside a question: pixels high, between them, in a row
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One question, its pictures (files; `thumbs`: small ones to show), and what became of it. `end`: '' while it runs, then stop, length, stopped, error."""
+    """One question, its pictures (files; `shown`: what the page shows of them), and what became of it. `end`: '' while it runs, then stop, length, stopped, error."""
 
     text: str
     pictures: tuple[str, ...] = ()
-    thumbs: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
     answer: str = ""
     end: str = ""
     note: str = ""
@@ -123,16 +125,33 @@ def read_photos(files: Sequence[str], folder: Path, serving: Serving, tiles: int
     return photos
 
 
-def thumbs_of(files: Sequence[str], folder: Path, serving: Serving) -> tuple[str, ...]:
-    """Small copies to show, of any format a browser may not know. Raises: ApiError or PictureError."""
-    made = []
+def strip_of(files: Sequence[str], folder: Path, serving: Serving) -> tuple[str, ...]:
+    """The pictures side by side, small, as one file to show: of any format, also where a browser does not know it.
+
+    Raises: ApiError or PictureError, so that a picture that cannot be read is said before the model is asked.
+    """
+    small = []
     for photo in read_photos(files, folder, serving, None):
         picture = load_picture(photo.data, "the picture")
-        picture.thumbnail((_THUMB, _THUMB))
-        path = folder / f"thumb-{secrets.token_hex(16)}.webp"
-        picture.save(path, "WEBP", quality=82)
-        made.append(str(path))
-    return tuple(made)
+        height = _STRIP if len(files) > 1 else 2 * _STRIP
+        picture.thumbnail((3 * height, height))
+        small.append(picture)
+    if not small:
+        return ()
+    rows = [small[at : at + _A_ROW] for at in range(0, len(small), _A_ROW)]
+    width = max(sum(one.width + _GAP for one in row) - _GAP for row in rows)
+    heights = [max(one.height for one in row) for row in rows]
+    whole = Image.new("RGBA", (width, sum(heights) + _GAP * (len(rows) - 1)))
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        left = 0
+        for one in row:
+            whole.paste(one, (left, top))
+            left += one.width + _GAP
+        top += height + _GAP
+    path = folder / f"strip-{secrets.token_hex(16)}.webp"
+    whole.save(path, "WEBP", quality=85)
+    return (str(path),)
 
 
 async def request_of(talk: Talk, chosen: Settings, visitor: str, folder: Path, serving: Serving) -> Request:
