@@ -194,14 +194,15 @@ def _wire_chat(page: Page, chat: dict[str, Any], chosen: list[Any]) -> None:
     talk, window, box = chat["talk"], chat["window"], chat["box"]
     out = [talk, window, box, chat["status"]]
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-    running = [
-        box.submit(page.send, [box, talk, *chosen], out, **quiet),
-        window.retry(page.retry, [talk, *chosen], out, **quiet),
-        window.edit(page.edit, [talk, *chosen], out, **quiet),
-    ]
-    box.stop(page.stop, talk, out, cancels=running, **quiet)
-    chat["new"].click(page.clear, None, out, cancels=running, **quiet)
-    window.clear(page.clear, None, out, cancels=running, **quiet)
+    # One answer at a time: asking again, or otherwise, leaves the one that runs.
+    running = [box.submit(page.send, [box, talk, *chosen], out, **quiet)]
+    leave = window.retry(None, cancels=list(running), **quiet)
+    running.append(leave.then(page.retry, [talk, *chosen], out, **quiet))
+    running.append(window.edit(page.edit, [talk, *chosen], out, cancels=list(running), **quiet))
+    # Leaving first, and the rest after: in one event, the page would not see the rest.
+    box.stop(None, cancels=running, **quiet).then(page.stop, talk, out, **quiet)
+    chat["new"].click(None, cancels=running, **quiet).then(page.clear, None, out, **quiet)
+    window.clear(None, cancels=running, **quiet).then(page.clear, None, out, **quiet)
     _wire_questions(page, chat)
 
 
@@ -210,8 +211,8 @@ def _wire_compare(page: Page, compare: dict[str, Any], chosen: list[Any]) -> Non
     out = [sides, compare["asked"], compare["panels"], box, compare["status"]]
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     running = box.submit(page.compare, [box, *chosen], out, **quiet)
-    box.stop(page.stop_compare, sides, out, cancels=[running], **quiet)
-    compare["new"].click(page.clear_compare, None, out, cancels=[running], **quiet)
+    box.stop(None, cancels=[running], **quiet).then(page.stop_compare, sides, out, **quiet)
+    compare["new"].click(None, cancels=[running], **quiet).then(page.clear_compare, None, out, **quiet)
     _wire_questions(page, compare)
 
 

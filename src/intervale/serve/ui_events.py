@@ -22,6 +22,7 @@ import gradio as gr
 
 from intervale.engine.api import Desk
 from intervale.serve.app import Serving
+from intervale.serve.errors import ApiError
 from intervale.serve.metrics import Metrics
 from intervale.serve.ui_about import Facts, about_html
 from intervale.serve.ui_compare import panels, verdict
@@ -76,6 +77,11 @@ def box_of(busy: bool, **more: Any) -> Any:
     return gr.update(submit_btn=not busy, stop_btn=busy, **more)
 
 
+def trouble(tongue: str, fault: ApiError) -> str:
+    """An error for the line under the answer, which is HTML."""
+    return "⚠️ " + escape(error_text(tongue, fault.code, fault.message))
+
+
 @dataclass(frozen=True)
 class Page:
     """What every event may know; none of it belongs to a visitor."""
@@ -100,7 +106,7 @@ class Page:
             strip = await asyncio.to_thread(strip_of, files, self.folder, self.serving)
         except Exception as error:
             fault = told(error)
-            yield gr.skip(), gr.skip(), box_of(False), "⚠️ " + error_text(tongue, fault.code, fault.message)
+            yield gr.skip(), gr.skip(), box_of(False), trouble(tongue, fault)
             return
         talk = (*talk, Exchange(text, files, strip))
         async for values in self._answered(request, talk, chosen, box_of(True, value=None)):
@@ -111,7 +117,8 @@ class Page:
         if not talk:
             yield gr.skip(), gr.skip(), box_of(False), ""
             return
-        async for values in self._answered(request, with_last(talk, answer="", end="", note=""), chosen, box_of(True)):
+        again = with_last(talk, answer="", end="", note="")
+        async for values in self._answered(request, again, chosen, box_of(True), again=True):
             yield values
 
     async def edit(self, request: gr.Request, data: gr.EditData, talk: Talk, *chosen: Any) -> AsyncGenerator[_Values, None]:
@@ -124,7 +131,9 @@ class Page:
         async for values in self._answered(request, (*talk[:at], changed), chosen, box_of(True)):
             yield values
 
-    async def _answered(self, request: gr.Request, talk: Talk, chosen: _Values, box: Any) -> AsyncGenerator[_Values, None]:
+    async def _answered(
+        self, request: gr.Request, talk: Talk, chosen: _Values, box: Any, again: bool = False
+    ) -> AsyncGenerator[_Values, None]:
         tongue = language(request)
         yield talk, messages(talk), box, ""
         try:
@@ -146,7 +155,7 @@ class Page:
                 yield talk, messages(talk), gr.skip(), ""
         note = "" if side.fault is None else error_text(tongue, side.fault.code, side.fault.message)
         talk = with_last(talk, answer=side.text, end="error" if side.fault else side.finish, note=note)
-        yield talk, messages(talk), box_of(False), numbers(side, tongue) + self._hint(settings, tongue)
+        yield talk, messages(talk), box_of(False), numbers(side, tongue) + (self._hint(settings, tongue) if again else "")
 
     def _waiting(self, side: Side, tongue: str) -> str:
         waiting = self.desk.load().waiting
@@ -185,7 +194,7 @@ class Page:
             asked = [await request_of(talk, one, visitor, self.folder, self.serving) for one in both]
         except Exception as error:
             fault = told(error)
-            yield gr.skip(), gr.skip(), gr.skip(), box_of(False), "⚠️ " + error_text(tongue, fault.code, fault.message)
+            yield gr.skip(), gr.skip(), gr.skip(), box_of(False), trouble(tongue, fault)
             return
         yield (), self._asked(talk[0]), panels(names, [Side(), Side()], tongue), box_of(True, value=None), ""
         last: tuple[str, ...] = ()

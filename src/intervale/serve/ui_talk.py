@@ -133,9 +133,8 @@ def strip_of(files: Sequence[str], folder: Path, serving: Serving) -> tuple[str,
     small = []
     for photo in read_photos(files, folder, serving, None):
         picture = load_picture(photo.data, "the picture")
-        height = _STRIP if len(files) > 1 else 2 * _STRIP
-        picture.thumbnail((3 * height, height))
-        small.append(picture)
+        scale = min(_STRIP / picture.height, 3 * _STRIP / picture.width)
+        small.append(picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))))
     if not small:
         return ()
     rows = [small[at : at + _A_ROW] for at in range(0, len(small), _A_ROW)]

@@ -16,10 +16,10 @@ WORDS: dict[str, tuple[str, str]] = {
     "report": ("Report", "报告"),
     "about": ("About", "关于"),
     "ask": (
-        "Ask about a picture: drop, paste or choose some. Enter sends, Shift+Enter breaks the line",
-        "问一个关于图片的问题：拖入、粘贴或选择图片。回车发送，Shift+回车换行",
+        "Ask; drop or paste pictures here. Enter sends",
+        "输入问题，图片可拖入或粘贴。回车发送",
     ),
-    "ask_compare": ("One question to both models. Enter sends", "向两个模型问同一个问题。回车发送"),
+    "ask_compare": ("One question to both models. Enter sends", "向两个模型问同一个问题，回车发送"),
     "new": ("New chat", "新对话"),
     "again": ("Clear", "清空"),
     "settings": ("Settings", "设置"),
