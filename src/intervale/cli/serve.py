@@ -97,23 +97,22 @@ def serve(
         desk = _local(model, base, adapter, device, precision, max_tiles, queue, cache_mib)
     else:
         desk = _launched(engine, model, engine_python, tp, memory_share, queue)
-    shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{sock.getsockname()[1]}"
-
-    def ready() -> None:
-        names = ", ".join(desk.models)
-        result(
-            say(
-                f"serving {names} at {address}  (API: {address}/v1; Ctrl-C ends)",
-                f"{names} 已就绪：{address}（API：{address}/v1；Ctrl-C 结束）",
-            )
-        )
-
     try:
         page = None if no_page else _page(engine, model, adapter, base, max_tiles, shown_report)
-        run(create_app(desk, serving, page), sock, ready)
+        run(create_app(desk, serving, page), sock, lambda: _ready(desk, host, sock.getsockname()[1], page is not None))
     finally:
         desk.close()
+
+
+def _ready(desk: Desk, host: str, port: int, page: bool) -> None:
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    names, what, was = ", ".join(desk.models), "page and " if page else "", "网页；" if page else ""
+    result(
+        say(
+            f"serving {names} at {address}  ({what}API: {address}/v1; Ctrl-C ends)",
+            f"{names} 已就绪：{address}（{was}API：{address}/v1；Ctrl-C 结束）",
+        )
+    )
 
 
 def _read_report(report: Path | None, no_page: bool) -> bytes | None:

@@ -8,6 +8,7 @@ imported only where a page is served.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: it also looks for newer versions of itself
-os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # it would keep questions and answers
+os.environ["GRADIO_RUN_HISTORY"] = "False"  # it would keep questions and answers
+os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"  # a table of all events, summed up anew after each with pandas, for a page that is shut
+os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(1 << 60)
 
 import gradio as gr
 
@@ -27,6 +30,7 @@ from intervale.serve.ui_guard import REPORT_POLICY, UPLOADS_SECONDS, Guard, uplo
 from intervale.serve.ui_shelf import load_shelf
 from intervale.serve.ui_words import QUESTIONS, WORDS
 
+Words = Callable[[str], Any]  # a key of WORDS -> what the browser replaces by the text in its language
 _HERE = Path(__file__).parent
 _VISITORS = 1000  # sessions kept at once; the oldest make room
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
@@ -84,14 +88,14 @@ def _add_routes(app: FastAPI, page: Page) -> None:
         return HTMLResponse(page.facts.report, headers={"Content-Security-Policy": REPORT_POLICY})
 
 
-def build(page: Page, words: gr.I18n) -> gr.Blocks:
+def build(page: Page, words: Words) -> gr.Blocks:
     """The widgets and what they do."""
     two = len(page.desk.models) > 1
     with gr.Blocks(title="intervale", analytics_enabled=False, delete_cache=(600, UPLOADS_SECONDS), fill_width=True) as blocks:
         gr.HTML(_head(page.desk.models), js_on_load=_HEAD_JS, elem_id="iv-header")
         tab = gr.State("chat")
         with gr.Row(equal_height=False):
-            with gr.Column(scale=7, min_width=320), gr.Tabs():
+            with gr.Column(scale=7, min_width=320, elem_id="iv-main"), gr.Tabs():
                 with gr.Tab(words("chat")) as chat_tab:
                     chat = _chat_widgets(words)
                 with gr.Tab(words("compare"), visible=two) as compare_tab:
@@ -117,7 +121,7 @@ def build(page: Page, words: gr.I18n) -> gr.Blocks:
     return blocks
 
 
-def _chat_widgets(words: gr.I18n) -> dict[str, Any]:
+def _chat_widgets(words: Words) -> dict[str, Any]:
     window = gr.Chatbot(
         show_label=False,
         elem_id="iv-chat",
@@ -148,7 +152,7 @@ def _chat_widgets(words: gr.I18n) -> dict[str, Any]:
     return {"talk": gr.State(()), "window": window, "status": status, "box": box, "questions": questions, "new": new}
 
 
-def _compare_widgets(words: gr.I18n) -> dict[str, Any]:
+def _compare_widgets(words: Words) -> dict[str, Any]:
     asked = gr.HTML("")
     panels = gr.HTML("", elem_id="iv-panels")
     status = gr.HTML("", elem_id="iv-status2")
@@ -168,7 +172,7 @@ def _compare_widgets(words: gr.I18n) -> dict[str, Any]:
     return {"sides": gr.State(()), "asked": asked, "panels": panels, "status": status, "box": box, "questions": questions, "new": new}
 
 
-def _picture_widgets(page: Page, words: gr.I18n) -> tuple[gr.HTML, gr.Image]:
+def _picture_widgets(page: Page, words: Words) -> tuple[gr.HTML, gr.Image]:
     with gr.Accordion(words("shelf"), open=True, visible=bool(page.shelf)):
         shelf = gr.HTML("", elem_id="iv-shelf", js_on_load=_SHELF_JS)
     with gr.Accordion(words("camera"), open=False):
@@ -176,7 +180,7 @@ def _picture_widgets(page: Page, words: gr.I18n) -> tuple[gr.HTML, gr.Image]:
     return shelf, camera
 
 
-def _setting_widgets(page: Page, words: gr.I18n) -> list[Any]:
+def _setting_widgets(page: Page, words: Words) -> list[Any]:
     """The settings, in the order of `checked_settings`."""
     models, limits, tiles = page.desk.models, page.serving.limits, page.facts.most_tiles
     with gr.Accordion(words("settings"), open=False, elem_id="iv-settings"):
@@ -185,7 +189,7 @@ def _setting_widgets(page: Page, words: gr.I18n) -> list[Any]:
         top_p = gr.Slider(0.05, 1, 1, step=0.05, label=words("top_p"), info=words("top_p_info"))
         most = gr.Slider(1, limits.new_tokens, limits.default_new_tokens, step=1, label=words("most"))
         cut = gr.Slider(1, max(tiles, 2), tiles, step=1, label=words("tiles"), info=words("tiles_info"), visible=tiles > 1)
-        seed = gr.Number(None, label=words("seed"), precision=0, minimum=0, maximum=2**31 - 1)
+        seed = gr.Textbox("", label=words("seed"), max_length=10)  # a Number shows 0 where it is empty
         system = gr.Textbox("", label=words("system"), info=words("system_info"), lines=2, max_length=8000)
     return [model, temperature, top_p, most, cut, seed, system]
 

@@ -164,7 +164,9 @@ class Page:
         return pick(tongue, f"in the queue ({waiting} waiting) …", f"排队中（{waiting} 个在等）…")
 
     def _hint(self, settings: Settings, tongue: str) -> str:
-        return "" if settings.temperature else pick(tongue, " · temperature 0: asked again, it says the same", " · 温度为 0：再问一次答案相同")
+        return (
+            "" if settings.temperature else pick(tongue, " · temperature 0: asked again, it says the same", " · 温度为 0：再问一次答案相同")
+        )
 
     def stop(self, request: gr.Request, talk: Talk) -> _Values:
         """The running answer ends where it stands."""

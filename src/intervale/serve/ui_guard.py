@@ -111,7 +111,7 @@ class Guard:
             whole = b"".join(body).replace(b"<head>", b"<head>" + self.head, 1)
             headers = [pair for pair in starts[0].get("headers", []) if pair[0].lower() != b"content-length"]
             headers += [(b"content-length", str(len(whole)).encode()), (b"cache-control", b"no-store")]
-            await send(starts[0] | {"headers": headers})
+            await send({**starts[0], "headers": headers})
             await send({"type": "http.response.body", "body": whole})
 
         await self.app(plain, receive, keep)
