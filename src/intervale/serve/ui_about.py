@@ -42,13 +42,13 @@ def about_html(facts: Facts, serving: Serving, models: tuple[str, ...], url: str
     limits, media = serving.limits, serving.media
     rows = [
         (say("models", "模型"), ", ".join(models)),
-        (say("adapter", "适配器"), facts.adapter or say("none", "无")),
+        (say("adapter", "适配器"), facts.adapter or say("none: a model as it is", "无：模型本身")),
         (say("engine", "引擎"), facts.engine),
         (say("pictures", "图片"), say(f"at most {media.pictures} in a conversation", f"一次对话最多 {media.pictures} 张")),
         (
             say("a picture", "每张图片"),
             say(
-                f"{media.picture_bytes >> 20} MiB, {media.picture_pixels / 1e6:g} megapixels, {facts.most_tiles} tiles",
+                f"{media.picture_bytes >> 20} MiB, {media.picture_pixels / 1e6:g} megapixels, {facts.most_tiles} tile{'s' * (facts.most_tiles != 1)}",
                 f"{media.picture_bytes >> 20} MiB，{media.picture_pixels / 1e6:g} 百万像素，{facts.most_tiles} 块",
             ),
         ),
