@@ -59,11 +59,17 @@ def test_serve_prints_its_address_answers_and_ends_on_ctrl_c(tiny: Path, plates:
 def test_the_page_names_the_run_and_shows_its_report(tiny: Path, run_folder: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     report.write_text("<h1>the report</h1>")
-    with serving(run_folder, "--base", tiny, "--port", 0, "--device", "cpu", "--report", report) as (_, url):
+    with serving(run_folder, "--base", tiny, "--port", 0, "--device", "cpu", "--report", report) as (process, url):
         page = httpx.get(url)
         assert "intervale" in page.text
         assert str(tmp_path) not in page.text
         assert httpx.get(f"{url}/report").text == "<h1>the report</h1>"
+        with httpx.stream("GET", f"{url}/gradio_api/heartbeat/abc") as tab:  # an open tab does not hold the server up
+            assert next(tab.iter_lines()) == "data: ALIVE"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert "Traceback" not in errors
     with serving(tiny, "--port", 0, "--device", "cpu", "--no-page") as (_, url):
         assert "/v1/chat/completions" in httpx.get(url).text
         assert httpx.get(f"{url}/config").status_code == 404

@@ -70,7 +70,9 @@ def mount_page(app: FastAPI, facts: Facts) -> FastAPI:
     )
     mounted: Any = app.router.routes[-1]
     mounted.app.state_holder.capacity = _VISITORS
-    mounted.app = Guard(mounted.app, folder, (_HERE / "ui_head.html").read_text(encoding="utf-8"))
+    guard = Guard(mounted.app, folder, (_HERE / "ui_head.html").read_text(encoding="utf-8"))
+    mounted.app = guard
+    state.at_end.append(guard.close)
     return app
 
 

@@ -7,6 +7,7 @@ together. Cost: a look at the folder for each upload.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import functools
@@ -32,6 +33,7 @@ _GET = re.compile(
     r"|/gradio_api/(queue/data|upload_progress|startup-events|app_id|theme\.css|heartbeat/[A-Za-z0-9]+)/?"
 )
 _POST = re.compile(r"/gradio_api/(queue/join|upload|cancel|reset)/?")
+_LASTING = ("/gradio_api/heartbeat/", "/gradio_api/queue/data")
 _FILE = "/gradio_api/file="
 # The page's own scripts are inline and compiled as they run; nothing comes from, or goes to, another host.
 _POLICY = (
@@ -73,6 +75,11 @@ class Guard:
 
     def __init__(self, app: Callable[..., Awaitable[None]], folder: Path, head: str = "") -> None:
         self.app, self.folder, self.head = app, folder, head.encode()
+        self._closing = asyncio.Event()
+
+    def close(self) -> None:
+        """Let go of the browsers: a tab holds a connection for as long as it is open."""
+        self._closing.set()
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -92,8 +99,24 @@ class Guard:
 
         if scope["path"] == "/" and scope["method"] == "GET":
             await self._home(scope, receive, guarded)
+        elif scope["path"].startswith(_LASTING):
+            await self.app(scope, self._until_closed(receive), guarded)
         else:
             await self.app(scope, receive, guarded)
+
+    def _until_closed(self, receive: Receive) -> Receive:
+        """To the app, a server that ends looks like a browser that leaves: its answers stop in order."""
+
+        async def receiving() -> Message:
+            news, end = asyncio.ensure_future(receive()), asyncio.ensure_future(self._closing.wait())
+            try:
+                await asyncio.wait({news, end}, return_when=asyncio.FIRST_COMPLETED)
+                return news.result() if news.done() else {"type": "http.disconnect"}
+            finally:
+                for task in (news, end):
+                    task.cancel()
+
+        return receiving
 
     async def _home(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """The page itself, with our head first in it: Gradio's own `head` comes after its scripts have looked at the browser's language."""
