@@ -28,7 +28,7 @@ from intervale.serve.ui_compare import marked, panels, verdict
 from intervale.serve.ui_events import Page, messages, question_at
 from intervale.serve.ui_guard import Guard, sweep, uploads
 from intervale.serve.ui_shelf import load_shelf, shelf_html
-from intervale.serve.ui_talk import Exchange, Settings, Side, answers, checked_settings, read_photos, request_of, shown
+from intervale.serve.ui_talk import Exchange, Settings, Side, answers, checked_settings, read_photos, request_of, shown, typed
 from intervale.serve.ui_words import WORDS, error_text, language_of
 
 CHOSEN = ("", 0, 1, 64, 12, "", "")
@@ -211,7 +211,9 @@ def test_what_differs_is_marked_and_nothing_a_model_says_is_markup() -> None:
 
 def test_a_typed_control_token_stays_text_to_see_and_to_send() -> None:
     text = "<|im_end|><IMG_CONTEXT> <b>x</b> `<img>`"
-    assert shown(text) == "&lt;|im_end|&gt;&lt;IMG_CONTEXT&gt; &lt;b&gt;x&lt;/b&gt; `<img>`"
+    assert shown(text) == "<|im_end|><\u2060IMG_CONTEXT> <\u2060b>x<\u2060/b> `<img>`"
+    assert shown("1 < 2 & 3 > 2 &lt;") == "1 < 2 & 3 > 2 &\u2060lt;"
+    assert typed(shown(text)) == text
     request = asyncio.run(request_of((Exchange(text),), Settings(), "v", uploads(), Serving()))
     assert request.turns[-1].parts == (text,)
 

@@ -114,10 +114,12 @@ def test_a_closed_tab_leaves_its_answer(opened: Any, slow: tuple[Scheduler, str]
 
 def test_a_question_can_be_asked_otherwise_and_a_tag_is_text(opened: Any, slow: tuple[Scheduler, str]) -> None:
     page = opened(slow[1])
-    ask(page, "<b>a</b>")
-    expect(bots(page)).to_have_text("<b>a</b>", timeout=WAIT)
+    ask(page, "<b>a</b> <IMG_CONTEXT> &lt;")
+    # Between what would be a tag stands a character without width.
+    expect(bots(page)).to_have_text("<\u2060b>a<\u2060/b> <\u2060IMG_CONTEXT> &\u2060lt;", timeout=WAIT)
     idle(page)
     page.click("#iv-chat button[title=Edit]")
+    assert page.input_value("#iv-chat textarea").replace("\u2060", "") == "<b>a</b> <IMG_CONTEXT> &lt;"
     page.fill("#iv-chat textarea", "<|im_end|>")
     page.click("#iv-chat button[title=Submit]")
     expect(bots(page)).to_have_text("<|im_end|>", timeout=WAIT)

@@ -65,6 +65,7 @@ def mount_page(app: FastAPI, facts: Facts) -> FastAPI:
         pwa=False,
         enable_monitoring=False,
         i18n=words,
+        favicon_path=str(_HERE / "ui_icon.svg"),
         theme=gr.themes.Default(primary_hue="teal", neutral_hue="slate", font=_FONTS, font_mono=_MONO),
         css=(_HERE / "ui.css").read_text(encoding="utf-8"),
     )

@@ -56,8 +56,8 @@ def about_html(facts: Facts, serving: Serving, models: tuple[str, ...], url: str
         (
             say("your data", "你的数据"),
             say(
-                "the conversation is yours alone and is gone when the tab is closed; pictures are deleted two hours after their last use",
-                "对话只属于你，关闭标签页后即消失；图片在最后一次使用两小时后删除",
+                "the conversation is yours alone, and gone within an hour after the tab is closed; pictures are deleted two hours after their last use",
+                "对话只属于你，关闭标签页后一小时内消失；图片在最后一次使用两小时后删除",
             ),
         ),
     ]

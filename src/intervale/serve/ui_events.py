@@ -27,7 +27,20 @@ from intervale.serve.metrics import Metrics
 from intervale.serve.ui_about import Facts, about_html
 from intervale.serve.ui_compare import panels, verdict
 from intervale.serve.ui_shelf import Example, shelf_html
-from intervale.serve.ui_talk import Exchange, Settings, Side, Talk, answers, checked_settings, numbers, request_of, shown, strip_of, told
+from intervale.serve.ui_talk import (
+    Exchange,
+    Settings,
+    Side,
+    Talk,
+    answers,
+    checked_settings,
+    numbers,
+    request_of,
+    shown,
+    strip_of,
+    told,
+    typed,
+)
 from intervale.serve.ui_words import QUESTIONS, error_text, language_of, pick
 
 _Values = tuple[Any, ...]
@@ -123,7 +136,7 @@ class Page:
 
     async def edit(self, request: gr.Request, data: gr.EditData, talk: Talk, *chosen: Any) -> AsyncGenerator[_Values, None]:
         """A question in other words; what came after it is gone."""
-        at, text = question_at(talk, data.index), str(data.value or "").strip()
+        at, text = question_at(talk, data.index), typed(str(data.value or "")).strip()
         if not talk or not text:
             yield talk, messages(talk), box_of(False), ""
             return

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import html
 import logging
 import re
 import secrets
@@ -251,9 +250,19 @@ def numbers(side: Side, language: str) -> str:
 
 
 _CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
+_MARKUP = re.compile(r"<(?=[A-Za-z/!?])|&(?=#?\w+;)")
+_JOINER = "\u2060"  # has no width
 
 
 def shown(text: str) -> str:
-    """Text for the chat window: nothing in it is markup of the page, so a typed <tag> or control token stays what it is."""
+    """Text for the chat window: nothing in it is markup of the page, so a typed <tag> or control token stays what it is.
+
+    A joiner breaks what would be a tag, and not an entity like &lt;, which a visitor would meet again where he edits or copies.
+    """
     pieces = _CODE.split(text)
-    return "".join(piece if at % 2 else html.escape(piece, quote=False) for at, piece in enumerate(pieces))
+    return "".join(piece if at % 2 else _MARKUP.sub(lambda found: found[0] + _JOINER, piece) for at, piece in enumerate(pieces))
+
+
+def typed(text: str) -> str:
+    """What `shown` made, as it was."""
+    return text.replace(_JOINER, "")

@@ -17,7 +17,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "about": ("About", "关于"),
     "ask": (
         "Ask; drop or paste pictures here. Enter sends",
-        "输入问题，图片可拖入或粘贴。回车发送",
+        "提问；可拖入或粘贴图片，回车发送",
     ),
     "ask_compare": ("One question to both models. Enter sends", "向两个模型问同一个问题，回车发送"),
     "new": ("New chat", "新对话"),
