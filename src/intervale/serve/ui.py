@@ -32,7 +32,7 @@ from intervale.serve.ui_words import QUESTIONS, WORDS
 
 Words = Callable[[str], Any]  # a key of WORDS -> what the browser replaces by the text in its language
 _HERE = Path(__file__).parent
-_VISITORS = 1000  # sessions kept at once; the oldest make room
+_VISITORS = 256  # tabs whose conversations are kept; each costs up to 0.4 MiB; the oldest makes room
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif"]
 _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 _PICTURES = ["image"]
