@@ -56,6 +56,25 @@ def test_serve_prints_its_address_answers_and_ends_on_ctrl_c(tiny: Path, plates:
         assert "Traceback" not in errors
 
 
+def test_the_page_names_the_run_and_shows_its_report(tiny: Path, run_folder: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    report.write_text("<h1>the report</h1>")
+    with serving(run_folder, "--base", tiny, "--port", 0, "--device", "cpu", "--report", report) as (process, url):
+        page = httpx.get(url)
+        assert "intervale" in page.text
+        assert str(tmp_path) not in page.text
+        assert httpx.get(f"{url}/report").text == "<h1>the report</h1>"
+        with httpx.stream("GET", f"{url}/gradio_api/heartbeat/abc") as tab:  # an open tab does not hold the server up
+            assert next(tab.iter_lines()) == "data: ALIVE"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+    with serving(tiny, "--port", 0, "--device", "cpu", "--no-page") as (_, url):
+        assert "/v1/chat/completions" in httpx.get(url).text
+        assert httpx.get(f"{url}/config").status_code == 404
+
+
 def test_a_gateway_in_front_of_another_server_passes_everything_on(tiny: Path) -> None:
     with (
         serving(tiny, "--port", 0, "--device", "cpu") as (_, inner),
@@ -82,6 +101,8 @@ def test_a_gateway_in_front_of_another_server_passes_everything_on(tiny: Path) -
         (["--host", "0.0.0.0"], "no API key"),
         (["--engine", "remote"], "needs --base-url"),
         (["--base-url", "http://x/v1"], "without --engine remote"),
+        (["--report", "/nowhere.html"], "report cannot be read"),
+        (["--report", "x.html", "--no-page"], "--report with --no-page"),
         (["--adapter", "MODEL"], "not a training run"),
         (["--api-key-file", "/nowhere"], "cannot be read"),
         (["--engine", "vllm", "--device", "cpu"], "--device without --engine local"),
@@ -105,11 +126,11 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded() -> None:
 def test_quickstart_can_end_in_serving_its_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from intervale.cli import quickstart, serve
 
-    asked: list[str] = []
+    asked: list[tuple[str, Path]] = []
     monkeypatch.setattr(quickstart, "_open", lambda *words: {"status": "done"})
     monkeypatch.setattr(quickstart, "_told", lambda *words: [])
-    monkeypatch.setattr(serve, "serve", asked.append)
+    monkeypatch.setattr(serve, "serve", lambda model, report: asked.append((model, report)))
     quickstart.quickstart(tmp_path)
     assert asked == []
     quickstart.quickstart(tmp_path, then_serve=True)
-    assert asked == [str(tmp_path / "run")]
+    assert asked == [(str(tmp_path / "run"), tmp_path / "report.html")]

@@ -32,7 +32,9 @@ def quickstart(
     ),
     seed: Annotated[int, typer.Option(min=0, help="Another order of the data and other fresh LoRA matrices.")] = 42,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; an earlier one is kept beside as NAME.old-1.")] = False,
-    then_serve: Annotated[bool, typer.Option("--serve", help="Then serve the tuned model beside its base, until Ctrl-C.")] = False,
+    then_serve: Annotated[
+        bool, typer.Option("--serve", help="Then open a page with the tuned model, its base and the report, until Ctrl-C.")
+    ] = False,
 ) -> None:
     """See it work: score the embedded model on food drawings, tune it, score it again on artists it never saw, write a report."""
     found = _open(out, seed, fresh)
@@ -51,7 +53,7 @@ def quickstart(
     if then_serve:
         from intervale.cli.serve import serve
 
-        serve(str(out / "run"))
+        serve(str(out / "run"), report=out / "report.html")
 
 
 def _open(out: Path, seed: int, fresh: bool) -> dict[str, Any]:

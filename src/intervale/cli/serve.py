@@ -13,6 +13,9 @@ from intervale.core.lang import say
 
 if TYPE_CHECKING:
     from intervale.engine.api import Desk
+    from intervale.serve.app import Page
+
+_OFFICIAL_TILES = 12  # what a picture may be cut into where the engine is another's
 
 # The options, in the order --help shows them.
 _Model = Annotated[str, typer.Argument(help="A model folder, a training run, or a hub id; with --engine remote: a model's name there.")]
@@ -45,6 +48,8 @@ _MaxTiles = Annotated[
 _NewTokens = Annotated[int, typer.Option(min=1, help="The longest answer anybody may ask for.")]
 _Queue = Annotated[int, typer.Option(min=1, help="Requests that may wait; more are sent away with 429.")]
 _Cache = Annotated[int, typer.Option(min=0, help="local: MiB for conversations that may go on and for pictures seen.")]
+_Report = Annotated[Path | None, typer.Option(help="A report.html of `intervale compare`, shown on the page.")]
+_NoPage = Annotated[bool, typer.Option("--no-page", help="The API alone; saves the seconds that the page takes to start.")]
 _Remote = Annotated[bool, typer.Option("--remote-images", help="Fetch pictures from public web addresses too.")]
 
 
@@ -69,8 +74,10 @@ def serve(
     queue: _Queue = 128,
     cache_mib: _Cache = 1536,
     remote_images: _Remote = False,
+    report: _Report = None,
+    no_page: _NoPage = False,
 ) -> None:
-    """Answer over HTTP: OpenAI's API on one port, for this machine unless told otherwise."""
+    """Answer over HTTP: a page and OpenAI's API on one port, for this machine unless told otherwise."""
     from intervale.data.images import max_pixels
     from intervale.serve.app import Serving, create_app, door_rules, open_port, run
     from intervale.serve.door import read_keys
@@ -82,6 +89,7 @@ def serve(
     media = MediaLimits(remote=remote_images, picture_pixels=max_pixels())
     serving = Serving(door_rules(host, keys, tuple(allow_host or ()), limits, insecure=insecure), media)
     _refuse_strays(engine, base_url=base_url, engine_python=engine_python, adapter=adapter, base=base, device=device, max_tiles=max_tiles)
+    shown_report = _read_report(report, no_page)
     sock = open_port(host, port)
     if engine == "remote":
         desk = _remote(model, base, base_url, queue)
@@ -89,22 +97,56 @@ def serve(
         desk = _local(model, base, adapter, device, precision, max_tiles, queue, cache_mib)
     else:
         desk = _launched(engine, model, engine_python, tp, memory_share, queue)
-    shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{sock.getsockname()[1]}"
-
-    def ready() -> None:
-        names = ", ".join(desk.models)
-        result(
-            say(
-                f"serving {names} at {address}  (API: {address}/v1; Ctrl-C ends)",
-                f"{names} 已就绪：{address}（API：{address}/v1；Ctrl-C 结束）",
-            )
-        )
-
     try:
-        run(create_app(desk, serving), sock, ready)
+        page = None if no_page else _page(engine, model, adapter, base, max_tiles, shown_report)
+        run(create_app(desk, serving, page), sock, lambda: _ready(desk, host, sock.getsockname()[1], page is not None))
     finally:
         desk.close()
+
+
+def _ready(desk: Desk, host: str, port: int, page: bool) -> None:
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    names, what, was = ", ".join(desk.models), "page and " if page else "", "网页；" if page else ""
+    result(
+        say(
+            f"serving {names} at {address}  ({what}API: {address}/v1; Ctrl-C ends)",
+            f"{names} 已就绪：{address}（{was}API：{address}/v1；Ctrl-C 结束）",
+        )
+    )
+
+
+def _read_report(report: Path | None, no_page: bool) -> bytes | None:
+    from intervale.core.errors import UserError
+
+    if report is None:
+        return None
+    if no_page:
+        raise UserError("--report with --no-page", "leave one of them out")
+    try:
+        return report.read_bytes()
+    except OSError as error:
+        raise UserError(f"{report}: the report cannot be read", "give the report.html that `intervale compare` wrote") from error
+
+
+def _page(engine: str, model: str, adapter: str | None, base: str | None, max_tiles: int | None, report: bytes | None) -> Page:
+    """The page, with what it says about this server. Paths are shortened to names: visitors need not know the disk."""
+    from intervale.engine.desks import default_tiles, name_of
+    from intervale.model.adapt import checkpoint_of
+    from intervale.model.load import load_text_side, resolve_model
+    from intervale.serve.ui import mount_page
+    from intervale.serve.ui_about import Facts
+
+    tiles, run = max_tiles or _OFFICIAL_TILES, adapter
+    if engine != "remote":
+        run = adapter or (model if checkpoint_of(resolve_model(model)) is not None else None)
+    if engine == "local" and max_tiles is None:
+        tiles = default_tiles(run or model, None) or load_text_side(run or model).tiling.max_tiles
+    words = ["intervale", "serve", name_of(model)]
+    for option, value in (("--base", base), ("--adapter", adapter)):
+        words += [option, name_of(value)] if value else []
+    words += [] if engine == "local" else ["--engine", engine]
+    facts = Facts(engine, name_of(run) if run else "", " ".join(words), tiles, report)
+    return lambda app: mount_page(app, facts)
 
 
 def _refuse_strays(engine: str, **given: object) -> None:

@@ -51,6 +51,9 @@ def create_app(desk: Desk, serving: Serving = Serving(), page: Page | None = Non
     app = FastAPI(title="intervale", docs_url=None, redoc_url=None, openapi_url=None)
     metrics = Metrics(desk)
     app.state.desk, app.state.serving, app.state.metrics = desk, serving, metrics
+    app.state.at_end = list[
+        Callable[[], None]
+    ]()  # called when the server is told to stop: what lasts for as long as a tab is open ends here
     add_api(app, desk, serving.limits, serving.media, metrics)
     _add_errors(app, metrics)
     app.add_middleware(Door, rules=serving.door, refused=lambda code: metrics.refused.labels(code).inc())
@@ -130,7 +133,7 @@ def run(app: FastAPI, sock: socket.socket, ready: Callable[[], None] = lambda: N
         limit_concurrency=_MOST_CONNECTIONS,
         proxy_headers=False,
     )
-    server = _Server(config, ready)
+    server = _Server(config, ready, app.state.at_end)
     with contextlib.closing(sock):
         server.run(sockets=[sock])
     if not server.started:
@@ -140,14 +143,19 @@ def run(app: FastAPI, sock: socket.socket, ready: Callable[[], None] = lambda: N
 class _Server(uvicorn.Server):
     """uvicorn's server, which says when it listens."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], at_end: list[Callable[[], None]]) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._at_end = ready, at_end
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for end in self._at_end:
+            end()
+        await super().shutdown(sockets)
 
 
 _HOME = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>intervale</title>
