@@ -20,4 +20,4 @@ test: .venv/ready
 	$(BIN)/pytest
 
 clean:
-	rm -rf .venv quickstart
+	rm -rf .venv

@@ -86,3 +86,15 @@ def test_a_restored_muon_run_steps_as_the_straight_one(tiny: Path, tmp_path: Pat
     stepped(other, again, 1)
     straight, resumed = trainable(network), trainable(other)
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_a_changed_optimizer_starts_with_moments_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    network, recipe = prepared(tiny, "muon")
+    optimizer = make_optimizer(network, recipe)
+    stepped(network, optimizer, 0)
+    folder = save_checkpoint(tmp_path, network, optimizer, Progress(step=1), {"base": {"name": str(tiny), "folder": str(tiny)}}, 1)
+    other, adamw = prepared(tiny, "adamw")
+    again = make_optimizer(other, adamw)
+    restore(folder, other, again)
+    stepped(other, again, 1)
+    assert not [p for p in trainable(other).values() if "momentum_buffer" in again.state[p]]

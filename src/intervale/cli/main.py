@@ -28,7 +28,6 @@ from intervale.cli.output import note
 from intervale.cli.quickstart import quickstart
 from intervale.cli.serve import serve
 from intervale.cli.train import train
-from intervale.core.embedded import embedded
 from intervale.core.errors import UserError
 from intervale.core.lang import say, set_language
 
@@ -43,8 +42,7 @@ app = typer.Typer(
 app.add_typer(prepare.app, name="prepare")
 for command in (check, train, evaluate, compare, export, chat, serve, init, convert, info, import_xtuner, import_checkpoint, doctor):
     app.command()(command)
-if embedded("nano"):  # it runs on the embedded model, which is not in this build yet
-    app.command()(quickstart)
+app.command()(quickstart)
 
 
 def _version(shown: bool) -> None:

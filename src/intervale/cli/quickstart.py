@@ -7,9 +7,13 @@ where it stopped, a finished one only says what it found. Cost: about 1 GiB of m
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from intervale.train.recipe import TrainRecipe
 
 MARK = "quickstart.json"
+_KIND = "intervale quickstart"
 MODES = ("strict", "likelihood")
 _SHOWN = 6
 
@@ -30,24 +35,19 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for everything; the same command continues or repeats what it found.")] = Path(
         "quickstart"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Another order of the data and other fresh LoRA matrices.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Another order of the data and other fresh LoRA matrices.")] = 42,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; an earlier one is kept beside as NAME.old-1.")] = False,
     then_serve: Annotated[
         bool, typer.Option("--serve", help="Then open a page with the tuned model, its base and the report, until Ctrl-C.")
     ] = False,
 ) -> None:
     """See it work: score the embedded model on food drawings, tune it, score it again on artists it never saw, write a report."""
-    found = _open(out, seed, fresh)
-    if found.get("status") != "done":
-        begun = time.monotonic()
-        recipe = _prepare(out, seed)
-        _evaluate(recipe.model, recipe, out, "before")
-        _train(recipe, out)
-        _export(out)
-        _evaluate(str(out / "tuned"), recipe, out, "after")
-        found = _compare(out) | {"kind": "intervale quickstart", "status": "done", "seed": seed}
-        found |= {"seconds": round(time.monotonic() - begun, 1), "peak_gib": round(_peak(), 2)}
-        _mark(out, found)
+    from intervale.core.files import locked
+
+    with locked(out), _saying_how_to_go_on():
+        found = _open(out, seed, fresh)
+        if found.get("status") != "done":
+            found = _journey(out, seed)
     for line in _told(out, found):
         result(safe(line))
     if then_serve:
@@ -56,19 +56,47 @@ def quickstart(
         serve(str(out / "run"), report=out / "report.html")
 
 
+@contextmanager
+def _saying_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(say("\nstopped; the same command goes on from here", "\n已停止；再次运行同一命令即可继续"))
+        sys.exit(130)
+
+
+def _journey(out: Path, seed: int) -> dict[str, Any]:
+    """Every step that is not done yet; what the mark then says. `seconds` are those of this call."""
+    begun = time.monotonic()
+    for left in (*out.glob(".data.*.partial"), *out.glob(".tuned.*.partial")):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    recipe = _prepare(out, seed)
+    _evaluate(recipe.model, recipe, out, "before")
+    _train(recipe, out)
+    _export(out)
+    _evaluate(str(out / "tuned"), recipe, out, "after")
+    found = _compare(out) | {"kind": _KIND, "status": "done", "seed": seed}
+    found |= {"seconds": round(time.monotonic() - begun, 1), "peak_gib": round(_peak(), 2)}
+    _mark(out, found)
+    return found
+
+
 def _open(out: Path, seed: int, fresh: bool) -> dict[str, Any]:
     """What an earlier quickstart in `out` left; marks the folder as ours before anything else is written."""
     from intervale.core.files import read_object, set_aside
 
-    begin: dict[str, Any] = {"kind": "intervale quickstart", "status": "running", "seed": seed}
+    begin: dict[str, Any] = {"kind": _KIND, "status": "running", "seed": seed}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / MARK).is_file():
             raise UserError(f"{out} exists and is not a quickstart", "choose another folder with --out, or remove it")
-        found = read_object(out / MARK, "kind", "status", "seed")
         if not fresh:
+            found = read_object(out / MARK, "kind", "status", "seed")
+            if found["kind"] != _KIND:
+                raise UserError(f"{out / MARK} is not a quickstart's", "choose another folder with --out")
             if found["seed"] != seed:
                 raise UserError(f"{out} was made with seed {found['seed']}, not {seed}", "give another --out, or --fresh to start over")
-            return found
+            whole = all((out / name).exists() for name in ("report.html", "tuned", "run", "data"))
+            return found if whole else begin  # what was removed is made again
         aside = set_aside(out)
         note(say(f"the earlier one is kept as {aside}", f"先前的结果保留在 {aside}"))
     _mark(out, begin)
@@ -97,11 +125,20 @@ def _prepare(out: Path, seed: int) -> TrainRecipe:
 
     _step(1, "the data: food drawn by seven artists, two of them only for testing", "数据：七位画师画的食物，其中两位只用于测试")
     if not (out / "data").is_dir():
-        foodieqa(Path("foodemoji"), out / "data", question_language="both", eval_fraction=None)
+        foodieqa(Path(_own("foodemoji")), out / "data", question_language="both", eval_fraction=None)
     paths = [f"{key}={json.dumps(str(out / place))}" for key, place in _PLACES]
-    recipe = load_recipe(ASSETS / "quickstart.yaml", TrainRecipe, [*paths, f"train.seed={seed}"])
+    if (out / "recipe.yaml").is_file():
+        return load_recipe(out / "recipe.yaml", TrainRecipe, paths)
+    recipe = load_recipe(ASSETS / "quickstart.yaml", TrainRecipe, [*paths, f"train.seed={seed}", f"model={json.dumps(_own('nano'))}"])
     write_atomic(out / "recipe.yaml", yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True))
     return recipe
+
+
+def _own(name: str) -> str:
+    """What the package calls `name`, whatever lies in the user's folder under that name."""
+    from intervale.core.embedded import ASSETS, embedded
+
+    return name if embedded(name) else str(ASSETS / name)
 
 
 _PLACES = (("out", "run"), ("data.train", "data/train.jsonl"), ("data.eval", "data/eval.jsonl"))
@@ -129,21 +166,28 @@ def _train(recipe: TrainRecipe, out: Path) -> None:
     begun = (out / "run" / "run.json").is_file()
     outcome = train(recipe, "quickstart", resume=begun, fresh=False, dry_run=False, tell=_brief)
     if outcome.exit_code:
+        note(say("stopped and saved; the same command goes on from here", "已停止并保存；再次运行同一命令即可继续"))
         sys.exit(outcome.exit_code)
 
 
 def _brief(text: str) -> None:
     """Progress of the training without its hints for the next command: quickstart gives its own."""
-    if not text.startswith("  intervale "):
+    if not text.startswith("  intervale ") and "--resume" not in text:
         note("  " + text)
 
 
 def _export(out: Path) -> None:
+    from intervale.core.files import read_object, set_aside
     from intervale.export.export import export
 
     _step(4, "export: merged into one plain model folder, reloaded and compared", "导出：合并成一个普通的模型目录，重新载入并比较")
-    if not (out / "tuned").is_dir():
-        export(out / "run", out / "tuned", "hf", dtype=None, tell=lambda text: note("  " + text))
+    run = json.loads((out / "run" / "run.json").read_text(encoding="utf-8"))
+    if (out / "tuned").is_dir():
+        made = read_object(out / "tuned" / "intervale.json")
+        if made.get("data") == run["data"] and made.get("recipe", {}).get("train") == run["recipe"]["train"]:
+            return
+        set_aside(out / "tuned")  # of another run
+    export(out / "run", out / "tuned", "hf", dtype=None, tell=lambda text: note("  " + text))
 
 
 def _compare(out: Path) -> dict[str, Any]:
@@ -153,7 +197,7 @@ def _compare(out: Path) -> dict[str, Any]:
     _step(6, "the report", "报告")
     strict, likelihood = (compare(out / f"before-{mode}", out / f"after-{mode}") for mode in MODES)
     write_report(strict, out, likelihood)
-    kept = ("n", "pairs", "difference", "mcnemar")
+    kept = ("n", "pairs", "difference", "mcnemar", "scored_on_training_items")
     sides = {
         name: {mode: told[name]["accuracy"] for mode, told in zip(MODES, (strict, likelihood), strict=True)} for name in ("before", "after")
     }
@@ -175,6 +219,19 @@ def _peak() -> float:
     return getrusage(RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def _next(out: Path, examples: list[dict[str, str]]) -> list[str]:
+    tuned, recipe, mine = (quote(str(out / name)) for name in ("tuned", "recipe.yaml", "mine"))
+    chat = [f"  intervale chat {tuned} -i {quote(str(out / 'data' / examples[0]['picture']))}"] if examples else []
+    return [*chat, f"  intervale train {recipe} --out {mine} --set train.learning_rate=1e-3"]
+
+
+def _on_what(found: dict[str, Any]) -> str:
+    count = found["n"]
+    if found["scored_on_training_items"]:
+        return say(f"WARNING: scored on training items, {count} questions:", f"警告：在训练数据上评测，共 {count} 题：")
+    return say(f"on drawings of two artists it never trained on, {count} questions:", f"在两位从未训练过的画师的图上，共 {count} 题：")
+
+
 def _told(out: Path, found: dict[str, Any]) -> list[str]:
     """What a finished quickstart says: the number, some answers, and where to go from here."""
     before, after = found["accuracy"]["before"], found["accuracy"]["after"]
@@ -189,7 +246,7 @@ def _told(out: Path, found: dict[str, Any]) -> list[str]:
         ]
     lines += [
         "",
-        say(f"on drawings of two artists it never trained on, {found['n']} questions:", f"在两位从未训练过的画师的图上，共 {found['n']} 题："),
+        _on_what(found),
         f"{before['strict']:.1%} -> {after['strict']:.1%}  {100 * found['difference']['value']:+.1f} {say('points', '个百分点')}  "
         f"[{100 * low:+.1f}, {100 * high:+.1f}]  McNemar p = {found['mcnemar']['p']:.2g}",
         say(f"fixed {pairs['fixed']}, broken {pairs['broken']}, both right {pairs['both_right']}, both wrong {pairs['both_wrong']}",
@@ -199,8 +256,7 @@ def _told(out: Path, found: dict[str, Any]) -> list[str]:
         "",
         say(f"open {out / 'report.html'}", f"请打开 {out / 'report.html'}"),
         say("next:", "接下来："),
-        f"  intervale chat {out / 'tuned'} -i {out / 'data' / found['examples'][0]['picture']}",
-        f"  intervale train {out / 'recipe.yaml'} --out {out / 'mine'} --set train.epochs=2",
+        *_next(out, found["examples"]),
         "  intervale prepare llava mine.json data/mine --image-root pictures --eval-fraction 0.2",
     ]  # fmt: skip
     return lines

@@ -35,7 +35,7 @@ Tell = Callable[[str], None]
 # What may differ between a run and its resumption without changing the mathematics of the steps that are left.
 _FREE = {
     "out": None,
-    "data": ("workers", "eval", "features_dir", "features_gib"),
+    "data": ("train", "workers", "eval", "features_dir", "features_gib"),
     "train": ("save_steps", "save_total_limit", "eval_steps", "features", "checkpointing"),
 }
 
@@ -148,7 +148,20 @@ def changed_since(stored: dict[str, Any], job: Job) -> list[str]:
     now = job.identity()
     now["base"], before = now["base"]["fingerprint"], dict(stored)
     before["base"] = (stored.get("base") or {}).get("fingerprint")
+    before["recipe"] = _with_defaults(dict(stored.get("recipe") or {}))
     return differences({key: before.get(key) for key in now}, now)
+
+
+def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe with the keys that came after it, which stood at their defaults then."""
+    for section, field in TrainRecipe.model_fields.items():
+        inner = getattr(field.annotation, "model_fields", {})
+        known = recipe.get(section)
+        if isinstance(known, dict):
+            free = _FREE.get(section) or ()
+            defaults = {key: entry.default for key, entry in inner.items() if not entry.is_required() and key not in free}
+            recipe[section] = defaults | known
+    return recipe
 
 
 @contextlib.contextmanager

@@ -77,6 +77,11 @@ class Optimizers:
         for part in parts[1:]:
             part.state = parts[0].state  # one table by parameter: no parameter is in two parts
         self.param_groups = [group for part in parts for group in part.param_groups]
+        self._by_muon = {id(p) for part in parts if isinstance(part, Muon) for group in part.param_groups for p in group["params"]}
+
+    def moments_of(self, parameter: torch.nn.Parameter) -> tuple[str, ...]:
+        """The names of what is kept for a parameter: another optimizer's moments in a checkpoint are nothing to this one."""
+        return ("momentum_buffer",) if id(parameter) in self._by_muon else ("exp_avg", "exp_avg_sq", "step")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""

@@ -106,8 +106,9 @@ def restore(folder: Path, network: torch.nn.Module, optimizer: Stateful) -> Prog
         with torch.no_grad():
             _fitting(folder, own, parameters.get(own), tensor).copy_(tensor)
     moments = load_file(folder / OPTIMIZER)
+    used = getattr(optimizer, "moments_of", lambda parameter: _MOMENTS)
     for name, parameter in trainable(network).items():
-        entries = {key: moments[f"{key}.{name}"] for key in _MOMENTS if f"{key}.{name}" in moments}
+        entries = {key: moments[f"{key}.{name}"] for key in used(parameter) if f"{key}.{name}" in moments}
         for key in entries.keys() - {"step"}:
             _fitting(folder, name, parameter, entries[key])
         if entries:

@@ -206,7 +206,7 @@ def _optimizer(walk: Walk, out: Imported) -> None:
     if kind != "AdamW":
         out.lacks(
             walk.get(*optimizer, "type"),
-            f"optimizer {kind or '(none)'}: the recipe's is AdamW",
+            f"optimizer {kind or '(none)'}: the recipe takes AdamW instead",
             f"优化器 {kind or '（无）'}：配方使用 AdamW",
         )
     rate = walk.number(*optimizer, "lr")
