@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the user's input is wrong, 2 usage, 3 an outside part fail
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -63,6 +64,9 @@ def _options(
 
 def main() -> None:
     """Run one command; a UserError becomes two lines on stderr and its exit code, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show Chinese shows its code points
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:

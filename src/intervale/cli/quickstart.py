@@ -83,10 +83,12 @@ def _journey(out: Path, seed: int) -> dict[str, Any]:
 
 def _open(out: Path, seed: int, fresh: bool) -> dict[str, Any]:
     """What an earlier quickstart in `out` left; marks the folder as ours before anything else is written."""
-    from intervale.core.files import read_object, set_aside
+    from intervale.core.files import disk_errors, read_object, set_aside
 
+    with disk_errors(out):
+        empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     begin: dict[str, Any] = {"kind": _KIND, "status": "running", "seed": seed}
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not empty:
         if not (out / MARK).is_file():
             raise UserError(f"{out} exists and is not a quickstart", "choose another folder with --out, or remove it")
         if not fresh:
@@ -227,7 +229,7 @@ def _next(out: Path, examples: list[dict[str, str]]) -> list[str]:
 
 def _on_what(found: dict[str, Any]) -> str:
     count = found["n"]
-    if found["scored_on_training_items"]:
+    if found.get("scored_on_training_items"):
         return say(f"WARNING: scored on training items, {count} questions:", f"警告：在训练数据上评测，共 {count} 题：")
     return say(f"on drawings of two artists it never trained on, {count} questions:", f"在两位从未训练过的画师的图上，共 {count} 题：")
 
