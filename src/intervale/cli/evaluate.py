@@ -69,9 +69,10 @@ def _row(name: str, score: dict[str, Any]) -> str:
 
 def shown(summary: dict[str, Any], coloured: bool) -> list[str]:
     """The summary for a terminal: accuracy, what was not recognised, a table per tag, and the warning in red."""
-    from intervale.evaluate.folder import telling_tags
+    from intervale.evaluate.folder import sees_choices, telling_tags
 
-    lines = [_row(say("accuracy", "准确率"), summary) + say(f"  (chance {summary['chance']:.1%})", f"  （随机 {summary['chance']:.1%}）")]
+    chance = say(f"  (chance {summary['chance']:.1%})", f"  （随机 {summary['chance']:.1%}）") if sees_choices(summary["protocol"]) else ""
+    lines = [_row(say("accuracy", "准确率"), summary) + chance]
     if "accuracies" in summary:
         mean = summary["accuracies"]["mean"]
         lines.append(_row(say("  by the per-token mean", "  按每个 token 的平均"), mean) + say("  (headline: sum)", "  （主指标：总和）"))

@@ -259,6 +259,6 @@ def _told(out: Path, found: dict[str, Any]) -> list[str]:
         say(f"open {out / 'report.html'}", f"请打开 {out / 'report.html'}"),
         say("next:", "接下来："),
         *_next(out, found["examples"]),
-        "  intervale prepare llava mine.json data/mine --image-root pictures --eval-fraction 0.2",
+        f"  intervale quickstart --out {quote(str(out))} --serve",
     ]  # fmt: skip
     return lines

@@ -10,6 +10,7 @@ import typer
 
 from intervale.cli.output import note
 from intervale.core.errors import UserError
+from intervale.core.lang import say
 
 
 def train(
@@ -41,6 +42,15 @@ def train(
     checked = load_recipe(recipe, TrainRecipe, overrides)
     from intervale.train.loop import train as run
 
-    outcome = run(checked, recipe.stem, resume=resume, fresh=fresh, dry_run=dry_run, tell=note, accept_changes=accept_changes)
+    try:
+        outcome = run(checked, recipe.stem, resume=resume, fresh=fresh, dry_run=dry_run, tell=note, accept_changes=accept_changes)
+    except KeyboardInterrupt:
+        note(
+            say(
+                "stopped; what was saved before stays (nothing, if no step was made)",
+                "已停止；之前保存的内容仍在（若尚未训练任何一步，则没有）",
+            )
+        )
+        sys.exit(130)
     if outcome.exit_code:
         sys.exit(outcome.exit_code)

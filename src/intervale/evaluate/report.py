@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from intervale.core.lang import language, say
-from intervale.evaluate.folder import telling_tags
+from intervale.evaluate.folder import sees_choices, telling_tags
 from intervale.evaluate.report_gallery import gallery_html
 from intervale.evaluate.report_style import STYLE
 from intervale.evaluate.report_training import training_html
@@ -52,7 +52,9 @@ def in_words(found: dict[str, Any]) -> str:
     pairs, p = found["pairs"], found["mcnemar"]["p"]
     fixed, broken = pairs["fixed"], pairs["broken"]
     if fixed + broken == 0:
-        return say("No item changed: both models are right on the same items.", "没有任何变化：两个模型答对的题目完全相同。")
+        return say(
+            "No item changed: both models are right and wrong on the same items.", "没有任何变化：两个模型答对和答错的题目完全相同。"
+        )
     better = fixed > broken
     told = say(
         f"{fixed} items fixed, {broken} broken ({p_value(p)}, exact McNemar test). ",
@@ -150,12 +152,14 @@ def _headline(found: dict[str, Any], extra: dict[str, Any] | None) -> str:
         f'<span class="key"></span>{say("before", "之前")}',
         f'<span class="key a"></span>{say("after", "之后")}',
         say("thin lines: 95% intervals", "细线：95% 区间"),
-        say(f"dashed: chance, {percent(found['chance'])}", f"虚线：随机水平 {percent(found['chance'])}"),
     ]
+    chance = found["chance"] if sees_choices(found["protocol"]) else None
+    if chance is not None:
+        legend.append(say(f"dashed: chance, {percent(chance)}", f"虚线：随机水平 {percent(chance)}"))
     spans = "".join(f"<span>{part}</span>" for part in legend)
     return (
         f'<section><div class="hero">{number(say("before", "之前"), before)}<div class="arrow">→</div>{number(say("after", "之后"), after)}{change}</div>'
-        f'{_bars(before, after, found["chance"], "wide")}<div class="scale"><span>0%</span><span>50%</span><span>100%</span></div>'
+        f'{_bars(before, after, chance, "wide")}<div class="scale"><span>0%</span><span>50%</span><span>100%</span></div>'
         f'<div class="legend soft">{spans}</div><p class="words">{_unbroken(in_words(found))}</p>{_also(extra, found)}</section>'
     )
 

@@ -97,6 +97,8 @@ def export(src: Path, dst: Path, to: str, *, dtype: torch.dtype | None, tell: Ca
         (folder / PROVENANCE).write_text(
             json.dumps(_provenance(src, base, checkpoint, to, proofs[0]), ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
         )
+        if (folder / "README.md").is_file():  # the base's model card, with the base's numbers
+            (folder / "README.md").rename(folder / "README.base.md")
 
     token = None if source.config.image_token_id == NO_IMAGE_TOKEN else source.config.image_token_id
     convert(base, dst, to, image_token_id=token, overrides=changed, dtype=dtype, tiles=_tiles(src, base), verify=verify)

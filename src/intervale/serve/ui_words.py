@@ -45,12 +45,11 @@ WORDS: dict[str, tuple[str, str]] = {
     ),
 }
 
-# The first three are questions of the embedded data set; the last needs two pictures.
+# The first two are questions of the embedded data set, the last is the tutorial's.
 QUESTIONS: tuple[tuple[str, str], ...] = (
     ("What is in the picture?", "图片里是什么?"),
     ("Which group does it belong to?", "图片里的东西属于哪一类?"),
     ("Which cuisine does this food usually belong to?", "图片中的食物通常属于哪个菜系?"),
-    ("How do these pictures differ?", "这几张图片有什么不同?"),
 )
 
 
