@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from test_loop import losses, run, write_recipe
 
 from intervale.core.errors import UserError
+from intervale.model.features import FeatureStore
 
 STEADY = ("lora.dropout=0", "train.max_steps=3")
 
@@ -57,3 +59,12 @@ def test_auto_goes_to_the_disk_when_memory_is_short_and_says_so(
     trained(tmp_path / "run", tiny, plates, said=said)
     assert any("kept on the disk" in line for line in said)
     assert list((tmp_path / "store").rglob("*.feat"))
+
+
+def test_what_was_used_longest_ago_makes_room_in_a_full_folder(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    folder = tmp_path / "store"
+    FeatureStore(folder, disk_budget=1 << 30).put("0" * 40, torch.zeros(1, 1, 254_900))  # all but 326 bytes of what is allowed below
+    trained(tmp_path / "run", tiny, plates, f"data.features_dir={folder}", "data.features_gib=0.00095")
+    entries = [path.stem for path in folder.rglob("*.feat")]
+    assert entries
+    assert "0" * 40 not in entries

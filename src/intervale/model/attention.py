@@ -70,7 +70,7 @@ def _windowed(layout: Layout, window: int) -> torch.Tensor | None:
 
 class _SideBySide(torch.autograd.Function):
     """Tokens of the pack to padded rows. A token has one place, so the way back is a gather too; torch's own gradient of a gather
-    adds up, one after another, what the padding's copies of token 0 would give: on a GPU that took nine tenths of a step."""
+    adds up, one after another, what the padding's copies of token 0 would give: on an H100 that was most of a step (docs/log.md)."""
 
     @staticmethod
     def forward(ctx: Any, states_TX: torch.Tensor, index_N: torch.Tensor, place_T: torch.Tensor) -> torch.Tensor:

@@ -124,6 +124,27 @@ def build(page: Page, words: Words) -> gr.Blocks:
     return blocks
 
 
+def _ask_widgets(
+    placeholder: Any, box_id: str, button: Any, button_id: str, words: Words, focus: bool
+) -> tuple[gr.MultimodalTextbox, list[gr.Button], gr.Button]:
+    """Where a question is written, with the example questions and one more button below."""
+    box = gr.MultimodalTextbox(
+        placeholder=placeholder,
+        show_label=False,
+        file_types=_PICTURES,
+        file_count="multiple",
+        sources=["upload"],
+        autofocus=focus,
+        max_lines=6,
+        max_plain_text_length=100_000,
+        elem_id=box_id,
+    )
+    with gr.Row(elem_classes="iv-quick"):
+        questions = [gr.Button(words(f"q{at}"), size="sm", variant="secondary") for at in range(len(QUESTIONS))]
+        new = gr.Button(button, size="sm", variant="secondary", elem_id=button_id)
+    return box, questions, new
+
+
 def _chat_widgets(words: Words) -> dict[str, Any]:
     window = gr.Chatbot(
         show_label=False,
@@ -138,20 +159,7 @@ def _chat_widgets(words: Words) -> dict[str, Any]:
         group_consecutive_messages=False,
     )
     status = gr.HTML("", elem_id="iv-status")
-    box = gr.MultimodalTextbox(
-        placeholder=words("ask"),
-        show_label=False,
-        file_types=_PICTURES,
-        file_count="multiple",
-        sources=["upload"],
-        autofocus=True,
-        max_lines=6,
-        max_plain_text_length=100_000,
-        elem_id="iv-box",
-    )
-    with gr.Row(elem_classes="iv-quick"):
-        questions = [gr.Button(words(f"q{at}"), size="sm", variant="secondary") for at in range(len(QUESTIONS))]
-        new = gr.Button(words("new"), size="sm", variant="secondary", elem_id="iv-new")
+    box, questions, new = _ask_widgets(words("ask"), "iv-box", words("new"), "iv-new", words, focus=True)
     return {"talk": gr.State(()), "window": window, "status": status, "box": box, "questions": questions, "new": new}
 
 
@@ -159,19 +167,7 @@ def _compare_widgets(words: Words) -> dict[str, Any]:
     asked = gr.HTML("")
     panels = gr.HTML("", elem_id="iv-panels")
     status = gr.HTML("", elem_id="iv-status2")
-    box = gr.MultimodalTextbox(
-        placeholder=words("ask_compare"),
-        show_label=False,
-        file_types=_PICTURES,
-        file_count="multiple",
-        sources=["upload"],
-        max_lines=6,
-        max_plain_text_length=100_000,
-        elem_id="iv-box2",
-    )
-    with gr.Row(elem_classes="iv-quick"):
-        questions = [gr.Button(words(f"q{at}"), size="sm", variant="secondary") for at in range(len(QUESTIONS))]
-        new = gr.Button(words("again"), size="sm", variant="secondary", elem_id="iv-again")
+    box, questions, new = _ask_widgets(words("ask_compare"), "iv-box2", words("again"), "iv-again", words, focus=False)
     return {"sides": gr.State(()), "asked": asked, "panels": panels, "status": status, "box": box, "questions": questions, "new": new}
 
 

