@@ -30,7 +30,8 @@ SEED, PER_STEP = 42, 8
 # The trainer's devices: how to switch each on beyond its default, and off. Of several spellings the first that the recipe knows counts.
 SHARED: list[dict[str, Any]] = [{"train.share_prefix": "on"}, {"train.share_prefix": True}]
 OFF: dict[str, list[dict[str, Any]]] = {
-    "packing off": [{"train.packing": "off"}, {"train.packing": False}],
+    "one item a pack": [{"train.pack_tokens": 1}],
+    "LoRA not fused": [{"train.fused_lora": "off"}],
     "sharing off": [{"train.share_prefix": "off"}, {"train.share_prefix": False}],
     "features live": [{"train.features": "live"}, {"train.features": "off"}],
     "compile off": [{"train.compile": "off"}, {"train.compile": False}],
@@ -109,6 +110,7 @@ class Bench:
                 "accumulation": 2,
                 "learning_rate": given.learning_rate,
                 "precision": given.precision,
+                "compile": "on" if given.device == "cuda" else "off",  # what `auto` decides for a run of minutes; these are a few steps
                 "seed": SEED,
                 "save_steps": self.total,
             },
@@ -256,7 +258,7 @@ def compare_speed(bench: Bench) -> dict[str, Any]:
             if label == "sharing off" and given.k == 1:
                 continue
             more = dict(best[1])
-            if label == "packing off" and shared:  # sharing lives in a pack
+            if label == "one item a pack" and shared:  # sharing lives in a pack
                 more = bench.known(OFF["sharing off"], label, {}) or {}
             chosen = bench.known(ways, label, more)
             if chosen is not None:
