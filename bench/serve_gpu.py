@@ -13,6 +13,7 @@ python bench/serve_gpu.py --engine-python PY --work FOLDER --out FOLDER [--photo
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import platform
@@ -91,6 +92,12 @@ def cases(photos: Path | None) -> dict[str, dict[str, Any]]:
     }
 
 
+@functools.cache
+def urls_of(count: int, size: tuple[int, int], photos: Path | None) -> list[str]:
+    """Data URLs of that many JPEGs."""
+    return [data_url(picture) for picture in pictures(count, size, photos)]
+
+
 class Bench:
     """The run: its folders, its clock, and what it has found so far."""
 
@@ -143,17 +150,17 @@ class Bench:
         kinds = {"13 tiles": ((1280, 960), 64), "1 tile": ((448, 448), 128)}
         for name, (size, count) in kinds.items():
             count = min(count, self.asked.requests)
-            urls = [data_url(picture) for picture in pictures(min(count, 64), size, self.photos)]
+            urls = urls_of(min(count, 64), size, self.photos)
             contents = [parts(f"{number}. {_LONG}", urls[number % len(urls)]) for number in range(count)]
             table = compare(servers, contents, min(32, count), self.asked.new, rounds)
             self.note(**{f"{prefix}32 clients, {name}": table | {"letters_a_picture": len(urls[0])}})
 
-    def singles(self, servers: dict[str, Server], times: int = 24) -> None:
+    def singles(self, servers: dict[str, Server], times: int = 16) -> None:
         """The first token's time for one client at a time; the servers take turns with every question."""
         kinds: dict[str, tuple[int, int] | None] = {"13 tiles": (1280, 960), "1 tile": (448, 448), "text": None}
         told = {}
         for name, size in kinds.items():
-            urls = [data_url(picture) for picture in pictures(times + 2, size, self.photos)] if size else [""] * (times + 2)
+            urls = urls_of(times + 2, size, self.photos) if size else [""] * (times + 2)
             firsts: dict[str, list[float]] = {server: [] for server in servers}
 
             async def each(urls: list[str] = urls, firsts: dict[str, list[float]] = firsts, size: Any = size) -> None:
@@ -170,6 +177,26 @@ class Bench:
             median = {server: round(1000 * sorted(values)[len(values) // 2], 2) for server, values in firsts.items()}
             told[name] = median | {"overhead_ms": round(median["gateway"] - median["engine"], 2)}
         self.note(**{"1 client, first token, ms": told})
+
+    def cases(self) -> dict[str, dict[str, Any]]:
+        """The questions of the comparison, also in the work folder."""
+        asked = cases(self.photos)
+        (self.work / "cases.json").write_text(json.dumps(asked), encoding="utf-8")
+        return asked
+
+    def prompt(self) -> Path:
+        """The prompt's file, as our launcher writes it."""
+        from intervale.engine.launch import lmdeploy_prompt
+        from intervale.model.load import text_side
+
+        side, path = text_side(self.work / "official"), self.work / "prompt.json"
+        path.write_text(json.dumps(lmdeploy_prompt(side.template, side), ensure_ascii=False), encoding="utf-8")
+        return path
+
+    def keep_log(self, folder: Path) -> None:
+        """The engine's log goes with the engine; its end stays."""
+        if found := re.search(r"its log: (\S+)", (self.out / f"gateway-{folder.name}.log").read_text()):
+            (self.out / f"engine-{folder.name}.log").write_text(Path(found[1]).read_text("utf-8", "replace")[-60_000:], encoding="utf-8")
 
     # The stages.
 
@@ -195,31 +222,28 @@ class Bench:
     def ours(self) -> None:
         """Answers, then speed, through the gateway and directly at the engine behind it."""
         servers, process = self.serve(self.work / "official")
-        asked = cases(self.photos)
-        (self.work / "cases.json").write_text(json.dumps(asked), encoding="utf-8")
+        asked = self.cases()
         answers = {name: answered(servers, case["messages"], case["new"]) for name, case in asked.items()}
         (self.work / "answers.json").write_text(json.dumps(answers), encoding="utf-8")
         same = sum(answer["gateway"] == answer["engine"] for answer in answers.values())
         self.note(answers=f"{same} of {len(answers)} answers are the same through the gateway and directly")
         self.loads(servers, "", self.asked.rounds)
         self.singles(servers)
+        self.keep_log(self.work / "official")
         stop(process)
 
     def parity(self) -> None:
         """LMDeploy's logits and served tokens against transformers' network."""
-        from intervale.engine.launch import lmdeploy_prompt
-        from intervale.model.load import text_side
-
-        folder, side = self.work / "official", text_side(self.work / "official")
-        (self.work / "prompt.json").write_text(json.dumps(lmdeploy_prompt(side.template, side), ensure_ascii=False), encoding="utf-8")
-        files = [self.work / name for name in ("prompt.json", "cases.json", "logits.pt")]
+        folder, answers = self.work / "official", self.work / "answers.json"
+        self.cases()
+        if not answers.exists():
+            answers.write_text("{}")
+        files = [self.prompt(), self.work / "cases.json", self.work / "logits.pt"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         environment.pop("PYTHONPATH", None)
         command = [self.asked.engine_python, str(HERE / "lmdeploy_logits.py"), str(folder), *map(str, files)]
         subprocess.run(command, check=True, timeout=max(5.0, min(110.0, self.left())), env=environment)
-        self.run(
-            HERE / "serve_gpu_parity.py", folder, self.work / "cases.json", files[2], self.work / "answers.json", self.work / "parity.json"
-        )
+        self.run(HERE / "serve_gpu_parity.py", folder, self.work / "cases.json", files[2], answers, self.work / "parity.json")
         self.note(parity=json.loads((self.work / "parity.json").read_text()))
 
     def shipped(self) -> None:
@@ -268,7 +292,7 @@ class Bench:
         servers, process = self.serve(self.work / "hf")
         before = json.loads((self.work / "answers.json").read_text())
         told = {}
-        for name, case in cases(self.photos).items():
+        for name, case in self.cases().items():
             answer = answered(servers, case["messages"], case["new"])
             same = next(
                 (at for at, (a, b) in enumerate(zip(answer["ids"], before[name]["ids"], strict=False)) if a != b), len(answer["ids"])
@@ -276,6 +300,7 @@ class Bench:
             told[name] = f"{same} of {len(answer['ids'])} tokens as from the official folder"
         self.note(hf=told)
         self.loads(servers, "hf: ", 1)
+        self.keep_log(self.work / "hf")
         stop(process)
 
 

@@ -71,9 +71,9 @@ def main() -> None:
         theirs = one["logits"][: len(native), : native.shape[1]]
         cosines = cosine_similarity(theirs, native, dim=1)
         row = {"prompt_tokens": len(ids_S), "same_prompt": same, "cosine_min": round(float(cosines.min()), 6), **scored(native, one["ids"])}
-        served = answers[name]
-        row["served"] = scored(logits_of(model, ids_S, features, served["ids"]), served["ids"])
-        row["gateway_says_the_same"] = served["gateway"] == served["engine"]
+        if served := answers.get(name):
+            row["served"] = scored(logits_of(model, ids_S, features, served["ids"]), served["ids"])
+            row["gateway_says_the_same"] = served["gateway"] == served["engine"]
         if asked[name]["wrong"]:
             _, wrong = prompt_of(model, asked[name]["wrong"])
             control = logits_of(model, ids_S, wrong, one["ids"])
