@@ -35,8 +35,9 @@ _STARTED: list[subprocess.Popen] = []
 
 
 def sharpen(folder: Path) -> None:
-    """Random weights whose likeliest token is clear and depends on the picture, as a trained model's does: peaked attention, loud
-    branches, 512 loud words, control tokens never. As drawn, the gaps between tokens are those of bfloat16's rounding."""
+    """Random weights whose likeliest token is clear and depends on the picture, as a trained model's does: loud branches, 512 loud
+    words, control tokens never. As drawn, the gaps between tokens are those of bfloat16's rounding. Queries and keys stay as drawn:
+    1.8 times as large, 24 layers turn that rounding into a cosine of 0.996."""
     import torch
     from safetensors.torch import load_file, save_file
     from tokenizers import Tokenizer
@@ -48,9 +49,7 @@ def sharpen(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     for name, weight in weights.items():
         if name.endswith("attention.wqkv.weight"):
-            rows = weight.view(kv, heads // kv + 2, -1, weight.shape[-1])
-            rows[:, :-1] *= 1.8
-            rows[:, -1] *= 1.3
+            weight.view(kv, heads // kv + 2, -1, weight.shape[-1])[:, -1] *= 1.3
         elif name.endswith(("attention.wo.weight", "feed_forward.w2.weight")):
             weight *= depth
         elif name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
