@@ -7,6 +7,7 @@ and all lengths. Legend: T tokens of a pack, N tokens with a label, D width.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,11 +16,13 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
+from torch._inductor import config as inductor
 from torch.utils.checkpoint import checkpoint
 from transformers import InternVLForConditionalGeneration
 
 from intervale.model.attention import NAME, Layout, packed_attention, preferred
 
+_COMPILERS = 8  # processes; torch would start one a core, which takes longer than one layer's code
 _LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
@@ -88,6 +91,7 @@ def _mlp_part(layer: Any, hidden_ND: torch.Tensor) -> torch.Tensor:
 @cache
 def _compiled(part: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """One compiled function for all layers and lengths."""
+    inductor.compile_threads = min(_COMPILERS, os.cpu_count() or 1)
     function: Callable[..., torch.Tensor] = torch.compile(part, dynamic=True)
     return function
 
