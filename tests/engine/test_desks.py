@@ -62,6 +62,9 @@ def test_names_are_the_last_part_and_tiles_are_fewer_on_a_cpu_only_where_they_ar
 ) -> None:
     assert name_of("OpenGVLab/InternVL2-2B") == "InternVL2-2B"
     assert name_of(f"{tiny}/") == "tiny"
+    for path in ("quickstart/run", "quickstart/run/checkpoints/step-00000064", "runs/quickstart"):
+        (tmp_path / path).mkdir(parents=True)
+        assert name_of(str(tmp_path / path)) == "quickstart"
     assert default_tiles(str(tiny), "cpu") is None
     shutil.copytree(tiny, tmp_path / "large")
     config = tmp_path / "large" / "config.json"

@@ -127,7 +127,8 @@ def _ready(desk: Desk, host: str, port: int, page: bool, shared: bool) -> None:
         )
 
 
-def _read_report(report: Path | None, no_page: bool) -> bytes | None:
+def _read_report(report: Path | None, no_page: bool) -> dict[str, bytes] | None:
+    """The report by language: itself, and the one beside it that `intervale compare` wrote in the other language."""
     from intervale.core.errors import UserError
 
     if report is None:
@@ -135,12 +136,15 @@ def _read_report(report: Path | None, no_page: bool) -> bytes | None:
     if no_page:
         raise UserError("--report with --no-page", "leave one of them out")
     try:
-        return report.read_bytes()
+        own = report.read_bytes()
+        language, other = ("zh", "en") if b'lang="zh' in own[:300] else ("en", "zh")
+        beside = report.with_name(f"{report.stem}.{other}{report.suffix}")
+        return {language: own, other: beside.read_bytes() if beside.is_file() else own}
     except OSError as error:
         raise UserError(f"{report}: the report cannot be read", "give the report.html that `intervale compare` wrote") from error
 
 
-def _page(engine: str, model: str, adapter: str | None, base: str | None, max_tiles: int | None, report: bytes | None) -> Page:
+def _page(engine: str, model: str, adapter: str | None, base: str | None, max_tiles: int | None, report: dict[str, bytes] | None) -> Page:
     """The page, with what it says about this server. Paths are shortened to names: visitors need not know the disk."""
     from intervale.engine.desks import default_tiles, name_of
     from intervale.model.adapt import checkpoint_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from intervale.core.errors import UserError
@@ -11,6 +12,9 @@ from intervale.model.adapt import checkpoint_of
 from intervale.model.load import as_device, load_model, load_text_side, resolve_model
 from intervale.model.pair import load_pair
 
+_NO_NAME = re.compile(
+    r"run|runs|out|output|model|checkpoints|step-\d+|best|last"
+)  # what a folder is called that says what it is, not whose
 CPU_TILES = 4  # a 448-pixel tile takes about 4 s on two cores
 
 
@@ -23,8 +27,13 @@ def default_tiles(model: str, device: str | None) -> int | None:
 
 
 def name_of(model: str) -> str:
-    """What an API calls a model: the last part of its path or hub id."""
-    return Path(model).expanduser().resolve().name if Path(model).exists() else model.rstrip("/").rpartition("/")[2]
+    """What an API calls a model: the last part of its path or hub id that names it; for quickstart/run/checkpoints/step-00000064: 'quickstart'."""
+    if not Path(model).exists():
+        return model.rstrip("/").rpartition("/")[2]
+    folder = Path(model).expanduser().resolve()
+    return next(
+        (name for name in (folder.name, *(parent.name for parent in folder.parents)) if name and not _NO_NAME.fullmatch(name)), folder.name
+    )
 
 
 def two_names(first: str, second: str) -> tuple[str, str]:
