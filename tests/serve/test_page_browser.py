@@ -171,7 +171,7 @@ def test_two_models_side_by_side_and_the_report(opened: Any, slow: tuple[Schedul
     expect(page.locator("#iv-about")).to_contain_text("intervale chat echo", timeout=WAIT)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.click("#iv-about [data-copy] >> nth=0")
-    expect(page.locator("#iv-about [data-copy] >> nth=0")).to_have_text("✓", timeout=WAIT)
+    expect(page.locator("#iv-about [data-copy] >> nth=0")).to_have_text("copied", timeout=WAIT)
     assert page.evaluate("navigator.clipboard.readText()").startswith("intervale chat echo -i PICTURE QUESTION --base-url http")
 
 

@@ -26,14 +26,18 @@ def default_tiles(model: str, device: str | None) -> int | None:
     return CPU_TILES if tiling.tile_size >= 448 and tiling.max_tiles > CPU_TILES else None
 
 
-def name_of(model: str) -> str:
-    """What an API calls a model: the last part of its path or hub id that names it; for quickstart/run/checkpoints/step-00000064: 'quickstart'."""
+def short_path(model: str) -> str:
+    """The end of a path that says which model it is: 'tuned', or 'quickstart/run' where the last part is everybody's; of a hub id its name."""
     if not Path(model).exists():
         return model.rstrip("/").rpartition("/")[2]
-    folder = Path(model).expanduser().resolve()
-    return next(
-        (name for name in (folder.name, *(parent.name for parent in folder.parents)) if name and not _NO_NAME.fullmatch(name)), folder.name
-    )
+    parts = Path(model).expanduser().resolve().parts[1:]
+    start = next((at for at in range(len(parts) - 1, -1, -1) if not _NO_NAME.fullmatch(parts[at])), len(parts) - 1)
+    return "/".join(parts[start:])
+
+
+def name_of(model: str) -> str:
+    """What an API calls a model: the first part of its short path."""
+    return short_path(model).partition("/")[0]
 
 
 def two_names(first: str, second: str) -> tuple[str, str]:

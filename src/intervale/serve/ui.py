@@ -262,8 +262,10 @@ element.addEventListener("click", async (event) => {
   const line = button.previousElementSibling;
   try {
     await navigator.clipboard.writeText(line.textContent);
-    button.textContent = "✓";
-    setTimeout(() => { button.textContent = "⧉"; }, 1500);
+    const word = button.textContent;
+    if (word === button.dataset.done) return;
+    button.textContent = button.dataset.done;
+    setTimeout(() => { button.textContent = word; }, 1500);
   } catch {
     getSelection().selectAllChildren(line);  // no clipboard without https: marked, to be copied by hand
   }

@@ -68,6 +68,6 @@ def about_html(facts: Facts, serving: Serving, models: tuple[str, ...], url: str
         (say("This server", "这个服务"), facts.serve_line),
         (say("For programs", "给程序用"), f'OpenAI(base_url="{url}/v1")  # model="{models[0]}"'),
     ]
-    button = f'<button type="button" data-copy title="{say("copy", "复制")}" aria-label="{say("copy", "复制")}">⧉</button>'
+    button = f'<button type="button" data-copy data-done="{say("copied", "已复制")}">{say("copy", "复制")}</button>'
     code = "".join(f'<h3>{escape(title)}</h3><div class="iv-line"><pre>{escape(line)}</pre>{button}</div>' for title, line in lines if line)
     return f"<table>{table}</table>{code}"
