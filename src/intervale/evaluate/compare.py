@@ -13,6 +13,7 @@ from typing import Any
 
 from intervale.core.errors import UserError
 from intervale.core.files import write_atomic, write_json
+from intervale.core.lang import in_language, language
 from intervale.core.runlog import differences
 from intervale.evaluate.folder import read_evaluation
 from intervale.evaluate.report import report_html
@@ -145,7 +146,8 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
 
 
 def write_report(found: dict[str, Any], out: Path, extra: dict[str, Any] | None = None) -> None:
-    """DIR/report.json and DIR/report.html, each complete or absent; an earlier report is replaced.
+    """DIR/report.json and DIR/report.html, each complete or absent; an earlier report is replaced. The page is also there in the other
+    language (`report.zh.html` or `report.en.html`): a server's page shows its visitors theirs.
 
     `extra` is another comparison of the same two models (say, by likelihood): a row under the headline, "also" in report.json.
     Raises: UserError when `out` is a file or cannot be written.
@@ -157,6 +159,9 @@ def write_report(found: dict[str, Any], out: Path, extra: dict[str, Any] | None 
         assert one == other, f"`extra` compares other models ({side}: {other}, not {one})"
     write_json(out / REPORT_JSON, found if extra is None else found | {"also": extra})
     write_atomic(out / REPORT_HTML, report_html(found, extra))
+    second = "en" if language() == "zh" else "zh"
+    with in_language(second):
+        write_atomic(out / f"report.{second}.html", report_html(found, extra))
 
 
 def _weights(model: dict[str, Any]) -> tuple[Any, Any]:
