@@ -11,48 +11,98 @@ import typer
 from intervale.cli.output import emit_json, note, result
 from intervale.core.lang import say
 
+_MODEL = Annotated[str, typer.Argument(help="A model folder, a training run, or a hub id (with --base-url: leave it out).")]
+_DATA = Annotated[
+    Path | None, typer.Argument(help="A JSONL file whose items have choices and an answer; with --suite the benchmark's folder.")
+]
+_OUT = Annotated[Path, typer.Option(help="Folder for answers and summaries; the same command continues what was stopped.")]
+_PROMPT = Annotated[Literal["open", "mcq"], typer.Option(help="open: the bare question, as trained; mcq: with lettered options.")]
+_MODE = Annotated[
+    Literal["strict", "likelihood", "official"],
+    typer.Option(help="strict: the greedy answer must name one choice; likelihood: the most likely choice; official: first letter (mcq)."),
+]
+_TILES = Annotated[int | None, typer.Option(min=1, help="Tiles a picture (default: the model's, or what the run trained with).")]
+_PRECISION = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")]
+_FRESH = Annotated[bool, typer.Option("--fresh", help="Start over; an earlier evaluation is kept beside as NAME.old-1.")]
+_JSON = Annotated[bool, typer.Option("--json", help="One JSON document (the summary) on stdout.")]
+_SUITE = "Suite"
+_NAME = Annotated[Literal["foodieqa"] | None, typer.Option("--suite", rich_help_panel=_SUITE, help="A benchmark's whole protocol.")]
+_TASKS = Annotated[
+    str, typer.Option(rich_help_panel=_SUITE, help="Suite: sivqa, mivqa, textqa, joined by commas (default: all that are there).")
+]
+_LANGS = Annotated[str, typer.Option(rich_help_panel=_SUITE, help="Suite: zh, en (default: both).")]
+_PROMPTS = Annotated[str, typer.Option(rich_help_panel=_SUITE, help="Suite: names of prompts, such as 0,2 (default: all of the protocol).")]
+_MODES = Annotated[
+    str, typer.Option(rich_help_panel=_SUITE, help="Suite: strict, official, likelihood (default: all; at an endpoint the first two).")
+]
+_ROTATE = Annotated[
+    Literal["none", "seeded", "all"],
+    typer.Option(rich_help_panel=_SUITE, help="Suite: options as they are, in one order drawn an item (--seed), or in every cyclic order."),
+]
+_BASELINES = Annotated[str, typer.Option(rich_help_panel=_SUITE, help="Suite: also blind, food-name, name-only (default: none).")]
+_FALLBACK = Annotated[
+    Literal["wrong", "a", "random"],
+    typer.Option(rich_help_panel=_SUITE, help="Suite: what official makes of an answer without a letter (random: drawn by --seed)."),
+]
+_SEED = Annotated[int, typer.Option(rich_help_panel=_SUITE, help="Suite: of --rotate seeded and --fallback random.")]
+_ITEMS = Annotated[Path | None, typer.Option(rich_help_panel=_SUITE, help="Suite: ask only items whose id is in this prepared JSONL file.")]
+_SKIP = Annotated[bool, typer.Option("--skip-bad", rich_help_panel=_SUITE, help="Suite: leave faulty items out, listed and counted.")]
+_DRY = Annotated[bool, typer.Option("--dry-run", rich_help_panel=_SUITE, help="Suite: only say what it will cost.")]
+
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model folder, a training run, or a hub id.")],
-    data: Annotated[Path, typer.Argument(help="A JSONL file whose items have choices and an answer.")],
-    out: Annotated[Path, typer.Option(help="Folder for predictions.jsonl and summary.json; the same command continues what was stopped.")],
-    prompt: Annotated[
-        Literal["open", "mcq"], typer.Option(help="open: the bare question, as trained; mcq: with lettered options.")
-    ] = "open",
-    mode: Annotated[
-        Literal["strict", "likelihood", "official"],
-        typer.Option(
-            help="strict: the greedy answer must name one choice; likelihood: the most likely choice; official: first letter (mcq)."
-        ),
-    ] = "strict",
+    model: _MODEL,
+    out: _OUT,
+    data: _DATA = None,
+    prompt: _PROMPT = "open",
+    mode: _MODE = "strict",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
-    max_tiles: Annotated[
-        int | None, typer.Option(min=1, help="Tiles a picture (default: the model's, or what the run trained with).")
-    ] = None,
+    max_tiles: _TILES = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda when there is one).")] = None,
-    precision: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")
-    ] = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N items.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; an earlier evaluation is kept beside as NAME.old-1.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON document (the summary) on stdout.")] = False,
+    precision: _PRECISION = "auto",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N items (of a suite: of each task).")] = None,
+    fresh: _FRESH = False,
+    json_: _JSON = False,
+    suite: _NAME = None,
+    tasks: _TASKS = "",
+    langs: _LANGS = "",
+    prompts: _PROMPTS = "",
+    modes: _MODES = "",
+    rotate: _ROTATE = "none",
+    baselines: _BASELINES = "",
+    fallback: _FALLBACK = "wrong",
+    seed: _SEED = 0,
+    items: _ITEMS = None,
+    skip_bad: _SKIP = False,
+    dry_run: _DRY = False,
 ) -> None:
     """Score a model on questions with choices: accuracy with its interval, per tag, every answer on file."""
+    if data is None:
+        raise typer.BadParameter("name the data after the model", param_hint="DATA")
+    if suite:
+        from intervale.cli import evaluate_suite
+        from intervale.evaluate.suite_local import local_asker
+
+        options = evaluate_suite.SuiteOptions(tasks, langs, prompts, modes, rotate, baselines, fallback, seed, items, limit, skip_bad)
+        settings = evaluate_suite.settings_of(options, False)
+        ways = {"text": settings.text, "letters": settings.letters}
+        asker = local_asker(model, max_new_tokens=max_new_tokens, max_tiles=max_tiles, device=device, precision=precision, **ways)
+        return evaluate_suite.run(data, out, asker, settings, options, fresh=fresh, dry=dry_run, as_json=json_)
+    _one(model, data, out, prompt, mode, max_new_tokens, max_tiles, device, precision, limit, fresh, json_)
+
+
+def _one(
+    model: str, data: Path, out: Path, prompt: str, mode: str, max_new_tokens: int, max_tiles: int | None, device: str | None,
+    precision: str, limit: int | None, fresh: bool, json_: bool,
+) -> None:  # fmt: skip
+    """A data set asked one way by a model in this process."""
     from intervale.evaluate.run import evaluate as run
     from intervale.evaluate.run import plan
 
     job = plan(
-        model,
-        data,
-        out,
-        prompt=prompt,
-        mode=mode,
-        max_new_tokens=max_new_tokens,
-        max_tiles=max_tiles,
-        device=device,
-        precision=precision,
-        limit=limit,
-    )
+        model, data, out, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_tiles=max_tiles, device=device,
+        precision=precision, limit=limit,
+    )  # fmt: skip
     summary = run(job, fresh=fresh, tell=note)
     if json_:
         emit_json(summary)

@@ -1,0 +1,187 @@
+"""A suite's folder: protocol.json and answers.jsonl as it goes; at the end a folder a combination, and suite.json last.
+
+    OUT/protocol.json   what was asked of which model
+    OUT/answers.jsonl   a line an asking: key, what was said, the letters' scores
+    OUT/sivqa-zh/0-strict/{protocol.json,predictions.jsonl,summary.json}   a finished evaluation, as `compare` reads it
+    OUT/suite.json      every combination's numbers, the tables, what was left out, what it cost
+
+Promises: everything but the answers is made from the answers alone, so it is the same whenever they were given. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from intervale.core.errors import UserError
+from intervale.core.files import disk_errors, parse_json, read_json, read_object, read_text, set_aside, write_atomic, write_json
+from intervale.core.lang import say
+from intervale.core.records import data_digest
+from intervale.core.runlog import differences, versions
+from intervale.evaluate.folder import PREDICTIONS, PROTOCOL, SUMMARY
+from intervale.evaluate.foodieqa import Asking
+from intervale.evaluate.run import summarise
+from intervale.evaluate.suite_score import COUNTS, circular, mode_counts, read_answer, shown_positions, tables
+
+if TYPE_CHECKING:
+    from intervale.evaluate.suite import Asker, Settings
+    from intervale.evaluate.suite_data import Part, SuiteData
+
+ANSWERS, SUITE = "answers.jsonl", "suite.json"
+
+
+def open_suite(out: Path, identity: dict[str, Any], fresh: bool, tell: Callable[[str], None]) -> tuple[str, dict[str, Any] | None]:
+    """('new' or 'resume', None), or ('done', suite.json). Raises: UserError when `out` holds something else, or another suite."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not (out / PROTOCOL).is_file() or "suite" not in read_object(out / PROTOCOL):
+            raise UserError(f"{out} exists and is not a suite", "choose another --out, or remove it")
+        if not fresh:
+            told = differences(read_json(out / PROTOCOL), identity)
+            if told:
+                raise UserError(
+                    f"{out} holds another suite; what differs:\n       " + "\n       ".join(told),
+                    "choose another --out, or --fresh to start over (the old folder is kept beside)",
+                )
+            if (out / SUITE).is_file():
+                tell(say(f"{out}: already evaluated; --fresh would start over", f"{out}：已评测过；--fresh 可重新开始"))
+                return "done", read_suite_json(out)
+            return "resume", None
+        aside = set_aside(out)
+        tell(say(f"the earlier suite is kept as {aside}", f"先前的评测保留在 {aside}"))
+    return "new", None
+
+
+def begin_suite(out: Path, identity: dict[str, Any]) -> None:
+    """Write protocol.json, after which answers may follow."""
+    write_json(out / PROTOCOL, identity)
+
+
+def read_suite_json(folder: Path) -> dict[str, Any]:
+    """suite.json of a finished suite. Raises: UserError when there is none."""
+    if not (folder / SUITE).is_file():
+        raise UserError(f"{folder}: no finished suite (no {SUITE} in it)", "name a folder that `intervale evaluate --suite` finished")
+    return read_object(folder / SUITE, "combinations", "tables")
+
+
+def read_answers(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of answers.jsonl; a half line at its end (a crash) is cut off the file. Raises: UserError for damage elsewhere."""
+    path = folder / ANSWERS
+    if not path.exists():
+        return []
+    raw = path.read_bytes()
+    complete = raw[: raw.rfind(b"\n") + 1]
+    if len(complete) != len(raw):
+        with disk_errors(path), open(path, "rb+") as file:
+            file.truncate(len(complete))
+    found = [parse_json(line, f"{path}:{number}") for number, line in enumerate(read_text(path).split("\n"), 1) if line]
+    twice = [key for key, count in Counter(answer["key"] for answer in found).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: {twice[0]!r} stands twice", "two runs wrote into this folder; start over with --fresh")
+    return found
+
+
+def append_answer(folder: Path, answer: dict[str, Any]) -> None:
+    """Add one line and hand it to the operating system. Raises: UserError on a full disk."""
+    path = folder / ANSWERS
+    with disk_errors(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def combination_folder(combination: Sequence[str], mode: str) -> str:
+    """Where a combination lies below the suite's folder: sivqa-zh/0-strict, or sivqa-zh/0-strict-blind-turn2."""
+    task, language, view, prompt, turn = combination
+    return f"{task}-{language}/" + "-".join([prompt, mode, *([view] if view != "picture" else []), *([turn] if turn != "as-is" else [])])
+
+
+def write_suite(
+    out: Path, data: SuiteData, settings: Settings, asker: Asker, identity: dict[str, Any], askings: Sequence[Asking]
+) -> dict[str, Any]:
+    """Make everything from the answers on file: the combinations' folders, then suite.json, which is returned."""
+    answers = {answer["key"]: answer for answer in read_answers(out)}
+    groups: dict[tuple[str, str, str, str, str], list[Asking]] = {}
+    for asking in askings:
+        groups.setdefault(asking.combination, []).append(asking)
+    parts = {(part.task, part.language): part for part in data.parts}
+    abouts = {key: _about(part, asker) for key, part in parts.items()}
+    rows: list[dict[str, Any]] = []
+    turns: dict[tuple[str, str, str, str, str], dict[str, list[dict[str, Any]]]] = {}
+    for combination, own in groups.items():
+        task, language, view, prompt, turn = combination
+        for mode in settings.modes:
+            read = [read_answer(asking, answers[asking.key], mode, settings.fallback, settings.seed) for asking in own]
+            rows.append(_combination(out, combination, mode, read, parts[task, language], abouts[task, language], settings, asker))
+            turns.setdefault((task, language, view, prompt, mode), {})[turn] = read
+    found = {
+        "kind": "intervale suite", **identity, "model": asker.about(), "versions": versions(),
+        "combinations": rows, "tables": tables(rows), "rotations": _rotations(turns, settings),
+        "left_out": [_left_out(part) for part in data.parts], "used": _used(askings, answers),
+    }  # fmt: skip
+    write_json(out / SUITE, found)
+    return found
+
+
+def _about(part: Part, asker: Asker) -> dict[str, Any]:
+    plains = [plain for _, plain in part.items]
+    seen, why = asker.seen(part.source, plains)
+    return {"scored_on_training_items": seen, "scored_on_training_items_reason": why}
+
+
+def _combination(
+    out: Path, combination: Sequence[str], mode: str, lines: list[dict[str, Any]], part: Part, about: dict[str, Any], settings: Settings,
+    asker: Asker,
+) -> dict[str, Any]:  # fmt: skip
+    """Write one combination's folder; its row of suite.json."""
+    task, language, view, prompt, turn = combination
+    name = combination_folder(combination, mode)
+    extra = mode_counts(lines, mode, settings.fallback)
+    limits = asker.protocol()
+    new = None if mode == "likelihood" else limits.get("max_new_tokens")
+    asked = {"prompt": "mcq", "mode": mode, **limits, "max_new_tokens": new, "headline": "sum" if mode == "likelihood" else None}
+    suite = {"name": "foodieqa", "task": task, "language": language, "view": view, "prompt": prompt, "turn": turn}
+    if mode == "official":
+        suite["fallback"] = settings.fallback
+    if turn == "seeded" or extra.get("fallback", {}).get("policy") == "random":
+        suite["seed"] = str(settings.seed)
+    protocol = {**asked, "suite": suite}
+    plains = [plain for _, plain in part.items]
+    facts = {"items": len(lines), "digest": data_digest([plain for plain in plains if plain.id in {line["id"] for line in lines}])}
+    summary = {
+        **summarise(lines), **extra, **shown_positions(lines),
+        "protocol": protocol, "model": asker.about(), "data": {"file": str(part.source.resolve()), **facts}, **about, "versions": versions(),
+    }  # fmt: skip
+    folder = out / name
+    write_json(folder / PROTOCOL, {"protocol": protocol, "model": asker.identity(), "data": facts})
+    write_atomic(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+    write_json(folder / SUMMARY, summary)
+    keys = ("n", "correct", "accuracy", "interval", "chance", *COUNTS, "fallback")
+    row = {"task": task, "language": language, "view": view, "prompt": prompt, "turn": turn, "mode": mode, "folder": name}
+    return row | {key: summary[key] for key in keys if key in summary} | {"scored_on_training_items": about["scored_on_training_items"]}
+
+
+def _rotations(turns: dict[tuple[str, str, str, str, str], dict[str, list[dict[str, Any]]]], settings: Settings) -> list[dict[str, Any]]:
+    """With every rotation asked, what each prompt's turns say together."""
+    if settings.rotate != "all":
+        return []
+    names = ("task", "language", "view", "prompt", "mode")
+    return [dict(zip(names, place, strict=True)) | circular(own) for place, own in turns.items()]
+
+
+def _left_out(part: Part) -> dict[str, Any]:
+    """What was not asked of a part's file: the numbers add up to it."""
+    return {
+        "task": part.task, "language": part.language, "file": str(part.source), "in_file": part.in_file, "asked": len(part.items),
+        "not_chosen": part.not_chosen, "left_out": [{"where": fault.where, "kind": fault.kind, "what": fault.what} for fault in part.left_out],
+    }  # fmt: skip
+
+
+def _used(askings: Sequence[Asking], answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    own = [answers[asking.key] for asking in askings]
+    return {
+        "askings": len(own),
+        "prompt_tokens": sum(answer.get("prompt_tokens") or 0 for answer in own),
+        "tokens": sum(answer.get("tokens") or 0 for answer in own),
+        "seconds": round(sum(answer["seconds"] for answer in own), 2),
+    }

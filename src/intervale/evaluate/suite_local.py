@@ -1,0 +1,171 @@
+"""The suite's askings put to a model in this process.
+
+Promises: one prefill an asking serves all modes: the letters are scored directly after the prompt and its forced prefix, then the
+greedy answer goes on from there. Batches and shared tower passes follow from all askings alone, so a continued suite gives the
+numbers of a straight one. Cost: as `evaluate.ask`, with the prefill shared by both ways.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from intervale.core.errors import UserError
+from intervale.core.files import inside
+from intervale.core.records import Record
+from intervale.data.foodie_items import LETTERS
+from intervale.data.prompt import Template, Tokenizer, encode_turns, turns_of
+from intervale.data.tiling import Tiling
+from intervale.engine.batch import generate_batch, prefill_batch, score_batch
+from intervale.engine.decode import context_of, refuse_long
+from intervale.evaluate.batches import Question, batches_of
+from intervale.evaluate.features import Features
+from intervale.evaluate.foodieqa import Asking
+from intervale.evaluate.provenance import model_identity, scored_on_training_items
+from intervale.model.load import Model, as_device, as_dtype, load_model, load_text_side, narrow, resolve_model
+
+_FIX = "lower the tiles a picture with --max-tiles"
+
+
+def prompt_ids(record: Record, template: Template, tokenizer: Tokenizer, picture_tokens: Sequence[int]) -> np.ndarray:
+    """The ids of the conversation up to the assistant's header, and of what its answer is forced to begin with."""
+    ids_S = encode_turns(turns_of(record.prompt(), picture_tokens), template, tokenizer, answer_next=True).ids_S
+    prefix = record.reference()
+    return np.concatenate([ids_S, np.array(tokenizer.encode(prefix), np.int64)]) if prefix else ids_S
+
+
+def letter_ids(prefix: str, count: int, tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of the first `count` letters directly after `prefix`, as the tokenizer writes them there.
+
+    A tokenizer that joins the two ("(A") gives the letter's own ids: the prompt's ids are those that an answer goes on from.
+    """
+    before = tokenizer.encode(prefix) if prefix else []
+    found = []
+    for letter in LETTERS[:count]:
+        whole = tokenizer.encode(prefix + letter)
+        joined = whole[: len(before)] != before or len(whole) == len(before)
+        found.append(tokenizer.encode(letter) if joined else whole[len(before) :])
+    return found
+
+
+@dataclass(frozen=True)
+class LocalAsker:
+    """A model in this process. `text` and `letters`: which ways of answering are wanted."""
+
+    name: str
+    folder: Path
+    tiling: Tiling
+    device: str
+    dtype: torch.dtype
+    max_new_tokens: int
+    text: bool
+    letters: bool
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two runs to be one."""
+        precision = str(self.dtype).removeprefix("torch.")
+        return {**model_identity(self.folder), "min_tiles": self.tiling.min_tiles, "precision": precision}
+
+    def about(self) -> dict[str, Any]:
+        """The model, for summaries."""
+        return {"name": self.name, "folder": str(self.folder.resolve()), **self.identity(), "device": self.device}
+
+    def protocol(self) -> dict[str, Any]:
+        """How it is asked."""
+        return {"max_new_tokens": self.max_new_tokens if self.text else None, "max_tiles": self.tiling.max_tiles}
+
+    def seen(self, source: Path, records: Sequence[Record]) -> tuple[bool | None, str]:
+        """Whether these are training items, and why one thinks so."""
+        return scored_on_training_items(self.folder, source, records)
+
+    def tiles_of(self, size: tuple[int, int]) -> int:
+        """Into how many tiles a picture of (width, height) is cut."""
+        return self.tiling.tiles_of(*size)
+
+    def answers(self, askings: Sequence[Asking], sizes: dict[Path, tuple[int, int]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
+        """The answers of every batch that is not all in `done`. Raises: UserError naming what cannot be asked."""
+        model = load_model(self.folder, dtype=self.dtype, device=self.device, max_tiles=self.tiling.max_tiles)
+        by_question: dict[int, Asking] = {}
+        questions = []
+        for asking in askings:
+            question = self._question(model, asking, sizes)
+            questions.append(question)
+            by_question[id(question)] = asking
+        batches = batches_of(questions)
+        return self._batches(model, Features(model, batches), [[by_question[id(q)] for q in batch] for batch in batches], done)
+
+    def price(self, prompt_tokens: int, tokens: int) -> float | None:
+        """Nobody sends a bill."""
+        return None
+
+    def _batches(self, model: Model, features: Features, batches: list[list[Asking]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
+        for number, own in enumerate(batches):
+            if not all(asking.key in done for asking in own):
+                yield self._ask(model, features, number, own)
+
+    def _question(self, model: Model, asking: Asking, sizes: dict[Path, tuple[int, int]]) -> Question:
+        record = asking.record
+        paths = [inside(record.root, image, record.where) for image in record.images]
+        counts = [self.tiles_of(sizes[path]) * model.tiling.tokens_per_tile for path in paths]
+        tokens = len(prompt_ids(record, model.template, model.tokenizer, counts))
+        letters = letter_ids(record.reference(), len(record.choices), model.tokenizer) if self.letters else []
+        longest = max([1, *map(len, letters)])
+        try:
+            refuse_long(model, tokens + longest - 1)
+        except UserError as error:
+            raise UserError(f"{record.where}: prompt {asking.prompt}: {error.what}", _FIX) from error
+        new = max(longest, min(self.max_new_tokens, context_of(model) - tokens)) if self.text else longest
+        return Question(record, tokens, sum(counts), new, tuple(map(tuple, letters)))
+
+    def _ask(self, model: Model, features: Features, number: int, askings: Sequence[Asking]) -> list[dict[str, Any]]:
+        began = time.perf_counter()
+        batch, of = features.batches[number], features.of(number)
+        prompts, joined = [], []
+        for question in batch:
+            parts = [of[picture] for picture in question.pictures()]
+            counts = [part.shape[0] * part.shape[1] for part in parts]
+            prompts.append(prompt_ids(question.record, model.template, model.tokenizer, counts))
+            joined.append(torch.cat(parts) if parts else None)
+        start = prefill_batch(model, prompts, joined)
+        found: list[dict[str, Any]] = [{"key": asking.key} for asking in askings]
+        if self.letters:
+            for line, asking, values in zip(found, askings, score_batch(model, start, [q.continuations for q in batch]), strict=True):
+                line["scores"] = _sums(values, asking)
+        if self.text:
+            for line, ids in zip(found, generate_batch(model, start, self.max_new_tokens), strict=True):
+                line |= _told(model, ids)
+        seconds = round((time.perf_counter() - began) / len(batch), 4)
+        for line, length in zip(found, start.lengths, strict=True):
+            line |= {"tokens": line.get("tokens", len(line.get("scores", ()))), "prompt_tokens": length, "seconds": seconds}
+        return found
+
+
+def _sums(values: Sequence[Sequence[float]], asking: Asking) -> list[float]:
+    sums = [math.fsum(own) for own in values]
+    if not all(map(math.isfinite, sums)):
+        what = f"{asking.record.where}: prompt {asking.prompt}: the model's log-probabilities are not numbers"
+        raise UserError(what, "use --precision float32 or bfloat16")
+    return sums
+
+
+def _told(model: Model, ids: list[int]) -> dict[str, Any]:
+    stopped = bool(ids) and ids[-1] in model.stop_ids
+    raw = model.tokenizer.decode(ids[:-1] if stopped else ids)
+    return {"raw": raw, "finish": "stop" if stopped else "length", "tokens": len(ids)}
+
+
+def local_asker(
+    model: str, *, max_new_tokens: int, max_tiles: int | None, device: str | None, precision: str, text: bool, letters: bool
+) -> LocalAsker:
+    """The asker of MODEL, its weights not read yet. Raises: UserError for a model that is not there or a wrong setting."""
+    tiling = narrow(load_text_side(model).tiling, None, max_tiles)
+    device = str(as_device(device))
+    dtype = as_dtype(precision) if precision != "auto" else torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return LocalAsker(model, resolve_model(model), tiling, device, dtype, max_new_tokens, text, letters)
