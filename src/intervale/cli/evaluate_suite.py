@@ -96,15 +96,20 @@ def shown(suite: dict[str, Any], coloured: bool) -> list[str]:
             lines.append(say(f"{part['task']} {part['language']}: {len(part['left_out'])} of {part['in_file']} items left out ({kinds}), see suite.json",
                              f"{part['task']} {part['language']}：{part['in_file']} 条中跳过 {len(part['left_out'])} 条（{kinds}），见 suite.json"))  # fmt: skip
     used = suite["used"]
-    lines.append(say(f"{used['askings']} askings, {used['prompt_tokens']:,} prompt tokens, {used['tokens']:,} new tokens",
-                     f"{used['askings']} 次提问，{used['prompt_tokens']:,} 个输入 token，{used['tokens']:,} 个输出 token"))  # fmt: skip
-    if used.get("price") is not None:
-        lines.append(say(f"price: {used['price']:.4f}", f"费用：{used['price']:.4f}"))
+    lines.append(used_line(used))
     if any(row["scored_on_training_items"] for row in suite["combinations"]):
         text = say("SCORED ON TRAINING ITEMS: this shows that training worked, not how good the model is",
                    "在训练数据上评分：这只说明训练有效，不代表模型水平")  # fmt: skip
         lines.append(("\x1b[1;31m" + text + "\x1b[0m") if coloured else text)
     return lines
+
+
+def used_line(used: dict[str, Any]) -> str:
+    """Tokens, of how many answers they are not known, and the price where it is."""
+    untold = say(f" (not told for {used['untold']} answers)", f"（{used['untold']} 个回答未给出）") if used["untold"] else ""
+    price = say(f", price {used['price']:.4f}", f"，费用 {used['price']:.4f}") if used["price"] is not None else ""
+    return say(f"{used['askings']} askings, {used['prompt_tokens']:,} prompt tokens, {used['tokens']:,} new tokens{untold}{price}",
+               f"{used['askings']} 次提问，{used['prompt_tokens']:,} 个输入 token，{used['tokens']:,} 个输出 token{untold}{price}")  # fmt: skip
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

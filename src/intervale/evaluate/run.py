@@ -72,7 +72,8 @@ class Plan:
         }
 
 
-def _refuse_modes(prompt: str, mode: str) -> None:
+def refuse_modes(prompt: str, mode: str) -> None:
+    """Raise a UserError for a prompt or mode that is not known, or a pair that cannot be scored."""
     if prompt not in PROMPTS or mode not in MODES:
         raise UserError(f"unknown prompt {prompt!r} or mode {mode!r}", f"use one of {', '.join(PROMPTS)} and one of {', '.join(MODES)}")
     if mode == "official" and prompt == "open":
@@ -99,10 +100,10 @@ def plan(
 
     `limit` takes the first items only. Raises: UserError for data that cannot be scored, a picture that is not there, a wrong setting.
     """
-    _refuse_modes(prompt, mode)
+    refuse_modes(prompt, mode)
     records = read_records(data)[:limit]
     refuse_unscorable(records, str(data), prompt)
-    sizes = _picture_sizes(records)
+    sizes = picture_sizes(records)
     tiling = narrow(load_text_side(model).tiling, None, max_tiles)
     tiles = tuple(tuple(tiling.tiles_of(*size) for size in own) for own in sizes)
     device = str(as_device(device))
@@ -112,7 +113,7 @@ def plan(
     return Plan(model, resolve_model(model), data, tuple(records), tiles, protocol, tiling, device, dtype, out)
 
 
-def _picture_sizes(records: Sequence[Record]) -> list[list[tuple[int, int]]]:
+def picture_sizes(records: Sequence[Record]) -> list[list[tuple[int, int]]]:
     """(width, height) of each record's pictures; a file is opened once. Raises: UserError for one that cannot be used."""
     known: dict[Path, tuple[int, int]] = {}
     sizes = []

@@ -117,7 +117,7 @@ def write_suite(
     found = {
         "kind": "intervale suite", **identity, "model": asker.about(), "versions": versions(),
         "combinations": rows, "tables": tables(rows), "rotations": _rotations(turns, settings),
-        "left_out": [_left_out(part) for part in data.parts], "used": _used(askings, answers),
+        "left_out": [_left_out(part) for part in data.parts], "used": used([answers[asking.key] for asking in askings], asker.price),
     }  # fmt: skip
     write_json(out / SUITE, found)
     return found
@@ -177,11 +177,16 @@ def _left_out(part: Part) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _used(askings: Sequence[Asking], answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    own = [answers[asking.key] for asking in askings]
+def used(answers: Sequence[dict[str, Any]], price: Callable[[int, int], float | None]) -> dict[str, Any]:
+    """What the answers took: tokens (of `untold` answers nobody told them), seconds added up, price where it is known."""
+    prompt, new = (sum(answer[name] or 0 for answer in answers) for name in ("prompt_tokens", "tokens"))
+    untold = sum(answer["prompt_tokens"] is None or answer["tokens"] is None for answer in answers)
+    seconds = round(sum(answer["seconds"] for answer in answers), 2)
     return {
-        "askings": len(own),
-        "prompt_tokens": sum(answer.get("prompt_tokens") or 0 for answer in own),
-        "tokens": sum(answer.get("tokens") or 0 for answer in own),
-        "seconds": round(sum(answer["seconds"] for answer in own), 2),
+        "askings": len(answers),
+        "prompt_tokens": prompt,
+        "tokens": new,
+        "untold": untold,
+        "seconds": seconds,
+        "price": price(prompt, new),
     }
