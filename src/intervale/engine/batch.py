@@ -67,9 +67,7 @@ def _embedded(model: Model, seen: Seen, numbers: np.ndarray) -> torch.Tensor:
     return embed(model.network, torch.from_numpy(ids).to(model.device), features, model.network.config.image_token_id)
 
 
-def _trunks(
-    model: Model, seen: Seen, starts: Sequence[np.ndarray]
-) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _trunks(model: Model, seen: Seen, starts: Sequence[np.ndarray]) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(cache, which of its places are real (B, W), their positions (B, W), the hidden state of each row's last (B, 1, D))."""
     lengths, widest = [len(numbers) for numbers in starts], max(map(len, starts))
     padding = 0 if model.network.config.image_token_id else 1  # anything but a picture's token
@@ -98,7 +96,7 @@ def _crowns(model: Model, trees: Sequence[Tree], real_BW: torch.Tensor) -> tuple
         numbers_BN[row, 1 : len(tree)] = tree.numbers[1:]
         positions_BN[row] = tree.trunk - 1
         positions_BN[row, : len(tree)] += tree.depths
-        seen_BNN[row, : len(tree), : len(tree) - 1] = tree.seen_NN()
+        seen_BNN[row, : len(tree), : len(tree) - 1] = tree.seen()
     seen_BNK = torch.cat([real_BW[:, None, :].expand(-1, most, -1), torch.from_numpy(seen_BNN).to(model.device)], -1)
     return numbers_BN[:, 1:], torch.from_numpy(positions_BN[:, 1:]).to(model.device), seen_BNK
 
@@ -113,20 +111,22 @@ def _plant(model: Model, rows: Sequence[Sequence[Prompt]], continuations: Sequen
     seen = Seen(model.network.config.image_token_id)
     numbers = [[seen.numbers_of(prompt) for prompt in row] for row in rows]
     trunks = [common_length(row) for row in numbers]
-    behind = any(len(own) > trunk for row, trunk in zip(numbers, trunks, strict=True) for own in row)
+    behind = any(len(numbers_S) > trunk for own, trunk in zip(numbers, trunks, strict=True) for numbers_S in own)
     behind = behind or any(len(ids) > 1 for own in continuations or () for ids in own)
     if behind and max(trunks) - min(trunks) <= _NEAR:
         trunks = [min(trunks)] * len(trunks)
-    trees, ends, lengths = [], [], []
+    trees: list[Tree] = []
+    ends: list[tuple[int, int]] = []
+    lengths: list[int] = []
     for row, (own, trunk) in enumerate(zip(numbers, trunks, strict=True)):
         tree = Tree(trunk)
-        for prompt in own:
-            end = [0, *tree.grow(0, prompt[trunk:].tolist())][-1]
+        for numbers_S in own:
+            end = [0, *tree.grow(0, numbers_S[trunk:].tolist())][-1]
             for ids in continuations[len(ends)] if continuations else ():
                 assert ids, "a continuation has at least one token"
                 tree.grow(end, ids[:-1])
             ends.append((row, end))
-            lengths.append(len(prompt))
+            lengths.append(len(numbers_S))
         trees.append(tree)
     cache, real_BW, positions_BW, last_B1D = _trunks(model, seen, [row[0][:trunk] for row, trunk in zip(numbers, trunks, strict=True)])
     numbers_BT, positions_BT, seen_BNK = _crowns(model, trees, real_BW)
@@ -192,7 +192,7 @@ def _step(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(hidden states (B, T, D), `seen_BTK`, `positions_BK`) with the last token of every living answer; short rows repeat their first."""
     most = max(map(len, living))
-    padded = [[*own, *own[:1] * (most - len(own))] for own in living]
+    padded = [[*own, *[own[0]] * (most - len(own))] for own in living]
     ids_BT = torch.tensor([[answers[n][-1] for n in own] for own in padded], device=model.device)
     positions_BT = torch.tensor([[lengths[n] + len(answers[n]) - 1 for n in own] for own in padded], device=model.device)
     own_TT = torch.eye(most, dtype=torch.bool, device=model.device)

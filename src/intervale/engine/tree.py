@@ -94,7 +94,7 @@ class Tree:
             at = found
         return path
 
-    def seen_NN(self) -> np.ndarray:
+    def seen(self) -> np.ndarray:
         """Which nodes (columns, without node 0) each node (rows, with node 0) may see: those on its way from the trunk, and itself."""
         seen = np.zeros((len(self), len(self)), bool)
         for node in range(1, len(self)):
