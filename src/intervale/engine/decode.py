@@ -45,6 +45,15 @@ def context_of(model: Model) -> int:
     return int(model.network.config.text_config.max_position_embeddings)
 
 
+def rotary_turn(model: Model) -> int | None:
+    """The length beyond which a pass computes its rotary embedding with other frequencies (Phi3's longrope), or None: there is none.
+
+    Keys of a pass up to it and keys of a pass beyond it do not go together. (InternLM2's dynamic one turns at the end of the context.)
+    """
+    rope = getattr(model.network.config.text_config, "rope_parameters", None) or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
+
+
 def refuse_long(model: Model, tokens: int) -> None:
     """Raise a UserError when a prompt of that many tokens leaves no room for an answer in the model's context."""
     if tokens >= context_of(model):
