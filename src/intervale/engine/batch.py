@@ -144,8 +144,11 @@ def generate_batch(model: Model, rows: Sequence[Sequence[Prompt]], max_new_token
 
     Raises: UserError when a prompt is longer than the model's context.
     """
+    return _generate(model, rows, _plant(model, rows, None), max_new_tokens)
+
+
+def _generate(model: Model, rows: Sequence[Sequence[Prompt]], start: _Planted, max_new_tokens: int) -> list[list[int]]:
     assert max_new_tokens > 0
-    start = _plant(model, rows, None)
     stops = set(model.stop_ids)
     first = {end: number for number, end in reversed(list(enumerate(start.ends)))}  # equal prompts of a row have one answer
     length, answers = start.lengths, {number: list[int]() for number in first.values()}
@@ -212,7 +215,21 @@ def score_batch(
     Prompts may have different numbers of continuations. Raises: UserError when a prompt is longer than the model's context.
     """
     assert len(continuations) == sum(map(len, rows))
-    start = _plant(model, rows, continuations)
+    return _scored(model, _plant(model, rows, continuations), continuations)
+
+
+@torch.inference_mode()
+def score_and_generate(
+    model: Model, rows: Sequence[Sequence[Prompt]], continuations: Sequence[Sequence[Sequence[int]]], max_new_tokens: int
+) -> tuple[list[list[list[float]]], list[list[int]]]:
+    """`score_batch` and `generate_batch` of the same prompts; continuations of one token each (letters) cost no pass of their own."""
+    if any(len(ids) > 1 for own in continuations for ids in own):
+        return score_batch(model, rows, continuations), generate_batch(model, rows, max_new_tokens)
+    start = _plant(model, rows, None)
+    return _scored(model, start, continuations), _generate(model, rows, start, max_new_tokens)
+
+
+def _scored(model: Model, start: _Planted, continuations: Sequence[Sequence[Sequence[int]]]) -> list[list[list[float]]]:
     most = start.nodes_BND.shape[1]
     asked: list[tuple[int, int]] = []  # (node before it among those of all rows, token), of every token of every continuation
     for (row, end), own in zip(start.ends, continuations, strict=True):

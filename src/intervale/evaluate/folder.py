@@ -115,4 +115,4 @@ def telling_tags(tags: dict[str, dict[str, Any]], n: int, most: int = 24) -> lis
 
 def sees_choices(protocol: dict[str, Any]) -> bool:
     """Is the answer one of the choices by the way of asking? Only then is guessing right one time in so many."""
-    return protocol["prompt"] == "mcq" or protocol["mode"] == "likelihood"
+    return protocol["prompt"] != "open" or protocol["mode"] == "likelihood"

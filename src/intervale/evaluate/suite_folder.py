@@ -105,17 +105,21 @@ def write_suite(
     for asking in askings:
         groups.setdefault(asking.combination, []).append(asking)
     parts = {(part.task, part.language): part for part in data.parts}
-    abouts = {key: _about(part, asker) for key, part in parts.items()}
+    model = asker.about()
+    abouts = {key: {"model": model, **_seen(part, asker)} for key, part in parts.items()}
     rows: list[dict[str, Any]] = []
     turns: dict[tuple[str, str, str, str, str], dict[str, list[dict[str, Any]]]] = {}
     for combination, own in groups.items():
         task, language, view, prompt, turn = combination
         for mode in settings.modes:
             read = [read_answer(asking, answers[asking.key], mode, settings.fallback, settings.seed) for asking in own]
-            rows.append(_combination(out, combination, mode, read, parts[task, language], abouts[task, language], settings, asker))
+            protocol = _protocol(combination, mode, settings, asker.protocol())
+            where = out / combination_folder(combination, mode)
+            summary = _write_combination(where, read, protocol, parts[task, language], abouts[task, language], identity["model"])
+            rows.append(_row(combination, mode, combination_folder(combination, mode), summary))
             turns.setdefault((task, language, view, prompt, mode), {})[turn] = read
     found = {
-        "kind": "intervale suite", **identity, "model": asker.about(), "versions": versions(),
+        "kind": "intervale suite", **identity, "model": model, "versions": versions(),
         "combinations": rows, "tables": tables(rows), "rotations": _rotations(turns, settings),
         "left_out": [_left_out(part) for part in data.parts], "used": used([answers[asking.key] for asking in askings], asker.price),
     }  # fmt: skip
@@ -123,42 +127,48 @@ def write_suite(
     return found
 
 
-def _about(part: Part, asker: Asker) -> dict[str, Any]:
+def _seen(part: Part, asker: Asker) -> dict[str, Any]:
     plains = [plain for _, plain in part.items]
     seen, why = asker.seen(part.source, plains)
     return {"scored_on_training_items": seen, "scored_on_training_items_reason": why}
 
 
-def _combination(
-    out: Path, combination: Sequence[str], mode: str, lines: list[dict[str, Any]], part: Part, about: dict[str, Any], settings: Settings,
-    asker: Asker,
-) -> dict[str, Any]:  # fmt: skip
-    """Write one combination's folder; its row of suite.json."""
+def _protocol(combination: Sequence[str], mode: str, settings: Settings, limits: dict[str, Any]) -> dict[str, Any]:
+    """How all items of a combination were asked and scored: two of them compare only if this is the same."""
     task, language, view, prompt, turn = combination
-    name = combination_folder(combination, mode)
-    extra = mode_counts(lines, mode, settings.fallback)
-    limits = asker.protocol()
     new = None if mode == "likelihood" else limits.get("max_new_tokens")
-    asked = {"prompt": "mcq", "mode": mode, **limits, "max_new_tokens": new, "headline": "sum" if mode == "likelihood" else None}
-    suite = {"name": "foodieqa", "task": task, "language": language, "view": view, "prompt": prompt, "turn": turn}
+    found: dict[str, Any] = {"prompt": "foodieqa", "mode": mode, **limits, "max_new_tokens": new}
+    found |= {"headline": "sum" if mode == "likelihood" else None, "suite": "foodieqa", "task": task, "language": language}
+    found |= {"view": view, "wording": prompt, "turn": turn}
     if mode == "official":
-        suite["fallback"] = settings.fallback
-    if turn == "seeded" or extra.get("fallback", {}).get("policy") == "random":
-        suite["seed"] = str(settings.seed)
-    protocol = {**asked, "suite": suite}
-    plains = [plain for _, plain in part.items]
-    facts = {"items": len(lines), "digest": data_digest([plain for plain in plains if plain.id in {line["id"] for line in lines}])}
+        found["fallback"] = settings.fallback
+    if turn == "seeded" or (mode == "official" and settings.fallback == "random"):
+        found["seed"] = settings.seed
+    return found
+
+
+def _write_combination(
+    folder: Path, lines: list[dict[str, Any]], protocol: dict[str, Any], part: Part, about: dict[str, Any], identity: dict[str, Any]
+) -> dict[str, Any]:
+    """A combination's folder as a finished evaluation; its summary."""
+    asked = {line["id"] for line in lines}
+    facts = {"items": len(lines), "digest": data_digest([plain for _, plain in part.items if plain.id in asked])}
+    counts = mode_counts(lines, protocol["mode"], protocol.get("fallback", ""))
     summary = {
-        **summarise(lines), **extra, **shown_positions(lines),
-        "protocol": protocol, "model": asker.about(), "data": {"file": str(part.source.resolve()), **facts}, **about, "versions": versions(),
+        **summarise([line | {"tokens": line["tokens"] or 0} for line in lines]), **counts, **shown_positions(lines),
+        "protocol": protocol, "data": {"file": str(part.source.resolve()), **facts}, **about, "versions": versions(),
     }  # fmt: skip
-    folder = out / name
-    write_json(folder / PROTOCOL, {"protocol": protocol, "model": asker.identity(), "data": facts})
+    write_json(folder / PROTOCOL, {"protocol": protocol, "model": identity, "data": facts})
     write_atomic(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
     write_json(folder / SUMMARY, summary)
-    keys = ("n", "correct", "accuracy", "interval", "chance", *COUNTS, "fallback")
-    row = {"task": task, "language": language, "view": view, "prompt": prompt, "turn": turn, "mode": mode, "folder": name}
-    return row | {key: summary[key] for key in keys if key in summary} | {"scored_on_training_items": about["scored_on_training_items"]}
+    return summary
+
+
+def _row(combination: Sequence[str], mode: str, name: str, summary: dict[str, Any]) -> dict[str, Any]:
+    """A combination's row of suite.json."""
+    place = dict(zip(("task", "language", "view", "prompt", "turn"), combination, strict=True))
+    keys = ("n", "correct", "accuracy", "interval", "chance", *COUNTS, "fallback", "scored_on_training_items")
+    return {**place, "mode": mode, "folder": name, **{key: summary[key] for key in keys if key in summary}}
 
 
 def _rotations(turns: dict[tuple[str, str, str, str, str], dict[str, list[dict[str, Any]]]], settings: Settings) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ from intervale.core.records import Record
 from intervale.data.foodie_items import LETTERS
 from intervale.data.prompt import Template, Tokenizer, encode_turns, turns_of
 from intervale.data.tiling import Tiling
-from intervale.engine.batch import generate_batch, prefill_batch, score_batch
-from intervale.engine.decode import context_of, refuse_long
-from intervale.evaluate.batches import Question, batches_of
+from intervale.engine.batch import generate_batch, score_and_generate, score_batch
+from intervale.engine.decode import context_of, refuse_long, rotary_turn
+from intervale.engine.tree import Prompt
+from intervale.evaluate.ask import outline_of
+from intervale.evaluate.batches import Question, batches_of, rows_of
 from intervale.evaluate.features import Features
 from intervale.evaluate.foodieqa import Asking
 from intervale.evaluate.provenance import model_identity, scored_on_training_items
@@ -92,14 +94,10 @@ class LocalAsker:
     def answers(self, askings: Sequence[Asking], sizes: dict[Path, tuple[int, int]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
         """The answers of every batch that is not all in `done`. Raises: UserError naming what cannot be asked."""
         model = load_model(self.folder, dtype=self.dtype, device=self.device, max_tiles=self.tiling.max_tiles)
-        by_question: dict[int, Asking] = {}
-        questions = []
-        for asking in askings:
-            question = self._question(model, asking, sizes)
-            questions.append(question)
-            by_question[id(question)] = asking
-        batches = batches_of(questions)
-        return self._batches(model, Features(model, batches), [[by_question[id(q)] for q in batch] for batch in batches], done)
+        by_record = {id(asking.record): asking for asking in askings}
+        batches = batches_of([self._question(model, asking, sizes) for asking in askings])
+        own = [[by_record[id(question.record)] for question in batch] for batch in batches]
+        return self._batches(model, Features(model, batches), own, done)
 
     def price(self, prompt_tokens: int, tokens: int) -> float | None:
         """Nobody sends a bill."""
@@ -113,38 +111,50 @@ class LocalAsker:
     def _question(self, model: Model, asking: Asking, sizes: dict[Path, tuple[int, int]]) -> Question:
         record = asking.record
         paths = [inside(record.root, image, record.where) for image in record.images]
-        counts = [self.tiles_of(sizes[path]) * model.tiling.tokens_per_tile for path in paths]
-        tokens = len(prompt_ids(record, model.template, model.tokenizer, counts))
-        letters = letter_ids(record.reference(), len(record.choices), model.tokenizer) if self.letters else []
-        longest = max([1, *map(len, letters)])
+        counts = tuple(self.tiles_of(sizes[path]) * model.tiling.tokens_per_tile for path in paths)
+        ids_S = prompt_ids(record, model.template, model.tokenizer, counts)
+        tokens, longest = len(ids_S), max([1, *map(len, self._letters(model, record))])
         try:
             refuse_long(model, tokens + longest - 1)
         except UserError as error:
             raise UserError(f"{record.where}: prompt {asking.prompt}: {error.what}", _FIX) from error
         new = max(longest, min(self.max_new_tokens, context_of(model) - tokens)) if self.text else longest
-        return Question(record, tokens, sum(counts), new, tuple(map(tuple, letters)))
+        outline = outline_of(ids_S, counts, model.network.config.image_token_id)
+        return Question(record, tokens, sum(counts), new, (), outline, counts, rotary_turn(model))
+
+    def _letters(self, model: Model, record: Record) -> list[list[int]]:
+        return letter_ids(record.reference(), len(record.choices), model.tokenizer) if self.letters else []
 
     def _ask(self, model: Model, features: Features, number: int, askings: Sequence[Asking]) -> list[dict[str, Any]]:
         began = time.perf_counter()
         batch, of = features.batches[number], features.of(number)
-        prompts, joined = [], []
-        for question in batch:
-            parts = [of[picture] for picture in question.pictures()]
-            counts = [part.shape[0] * part.shape[1] for part in parts]
-            prompts.append(prompt_ids(question.record, model.template, model.tokenizer, counts))
-            joined.append(torch.cat(parts) if parts else None)
-        start = prefill_batch(model, prompts, joined)
+        rows = [[_prompt(model, question, of) for question in row] for row in rows_of(batch)]
+        prompts = [prompt for row in rows for prompt in row]
+        letters = [self._letters(model, question.record) for question in batch]
+        scored: list[list[list[float]]] = []
+        answers: list[list[int]] = []
+        if not self.text:
+            scored = score_batch(model, rows, letters)
+        elif not self.letters:
+            answers = generate_batch(model, rows, self.max_new_tokens)
+        else:
+            scored, answers = score_and_generate(model, rows, letters, self.max_new_tokens)
         found: list[dict[str, Any]] = [{"key": asking.key} for asking in askings]
-        if self.letters:
-            for line, asking, values in zip(found, askings, score_batch(model, start, [q.continuations for q in batch]), strict=True):
-                line["scores"] = _sums(values, asking)
-        if self.text:
-            for line, ids in zip(found, generate_batch(model, start, self.max_new_tokens), strict=True):
-                line |= _told(model, ids)
+        for line, asking, values in zip(found, askings, scored, strict=False):
+            line["scores"] = _sums(values, asking)
+        for line, ids in zip(found, answers, strict=False):
+            line |= _told(model, ids)
         seconds = round((time.perf_counter() - began) / len(batch), 4)
-        for line, length in zip(found, start.lengths, strict=True):
-            line |= {"tokens": line.get("tokens", len(line.get("scores", ()))), "prompt_tokens": length, "seconds": seconds}
+        for line, prompt in zip(found, prompts, strict=True):
+            line |= {"tokens": line.get("tokens", len(line.get("scores", ()))), "prompt_tokens": len(prompt.ids_S), "seconds": seconds}
         return found
+
+
+def _prompt(model: Model, question: Question, of: Mapping[str, torch.Tensor]) -> Prompt:
+    """Its picture tokens are counted again, from what was decoded: a file may have changed since its header was read."""
+    pictures = tuple((picture, of[picture]) for picture in question.pictures())
+    counts = [part.shape[0] * part.shape[1] for _, part in pictures]
+    return Prompt(prompt_ids(question.record, model.template, model.tokenizer, counts), pictures)
 
 
 def _sums(values: Sequence[Sequence[float]], asking: Asking) -> list[float]:

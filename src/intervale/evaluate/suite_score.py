@@ -71,7 +71,7 @@ def read_answer(asking: Asking, answer: dict[str, Any], mode: str, fallback: str
         "images": list(plain.images),
         "choices": list(plain.choices),
         "answer": plain.answer,
-        "prompt": "mcq",
+        "prompt": "foodieqa",
         "mode": mode,
         **{key: answer[key] for key in _KEPT if key in answer},
         **told,
