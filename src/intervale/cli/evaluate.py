@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from intervale.cli.output import emit_json, note, result
 from intervale.core.lang import say
 
-_MODEL = Annotated[str, typer.Argument(help="A model folder, a training run, or a hub id (with --base-url: leave it out).")]
+if TYPE_CHECKING:
+    from intervale.cli.evaluate_suite import EndpointOptions, LocalOptions
+
+_MODEL = Annotated[str, typer.Argument(help="A model folder, a training run, or a hub id. Left out with --base-url.")]
 _DATA = Annotated[
     Path | None, typer.Argument(help="A JSONL file whose items have choices and an answer; with --suite the benchmark's folder.")
 ]
@@ -21,33 +25,59 @@ _MODE = Annotated[
     Literal["strict", "likelihood", "official"],
     typer.Option(help="strict: the greedy answer must name one choice; likelihood: the most likely choice; official: first letter (mcq)."),
 ]
+_LONGEST = Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")]
 _TILES = Annotated[int | None, typer.Option(min=1, help="Tiles a picture (default: the model's, or what the run trained with).")]
+_DEVICE = Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda when there is one).")]
 _PRECISION = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")]
+_LIMIT = Annotated[int | None, typer.Option(min=1, help="Only the first N items (of a suite: of each task).")]
 _FRESH = Annotated[bool, typer.Option("--fresh", help="Start over; an earlier evaluation is kept beside as NAME.old-1.")]
 _JSON = Annotated[bool, typer.Option("--json", help="One JSON document (the summary) on stdout.")]
-_SUITE = "Suite"
-_NAME = Annotated[Literal["foodieqa"] | None, typer.Option("--suite", rich_help_panel=_SUITE, help="A benchmark's whole protocol.")]
-_TASKS = Annotated[
-    str, typer.Option(rich_help_panel=_SUITE, help="Suite: sivqa, mivqa, textqa, joined by commas (default: all that are there).")
+_NAME = Annotated[
+    Literal["foodieqa"] | None, typer.Option("--suite", help="A benchmark's whole protocol: every prompt, mode and language.")
 ]
-_LANGS = Annotated[str, typer.Option(rich_help_panel=_SUITE, help="Suite: zh, en (default: both).")]
-_PROMPTS = Annotated[str, typer.Option(rich_help_panel=_SUITE, help="Suite: names of prompts, such as 0,2 (default: all of the protocol).")]
-_MODES = Annotated[
-    str, typer.Option(rich_help_panel=_SUITE, help="Suite: strict, official, likelihood (default: all; at an endpoint the first two).")
-]
+_TASKS = Annotated[str, typer.Option(help="Suite: some of sivqa,mivqa,textqa (default: all that are there).")]
+_LANGS = Annotated[str, typer.Option(help="Suite: zh, en (default: both).")]
+_PROMPTS = Annotated[str, typer.Option(help="Suite: names of prompts, such as 0,2 (default: all of the protocol).")]
+_MODES = Annotated[str, typer.Option(help="Suite: some of strict,official,likelihood (default: all; at an endpoint the first two).")]
 _ROTATE = Annotated[
     Literal["none", "seeded", "all"],
-    typer.Option(rich_help_panel=_SUITE, help="Suite: options as they are, in one order drawn an item (--seed), or in every cyclic order."),
+    typer.Option(help="Suite: options as they are, in an order drawn for each item (--seed), or in every cyclic order."),
 ]
-_BASELINES = Annotated[str, typer.Option(rich_help_panel=_SUITE, help="Suite: also blind, food-name, name-only (default: none).")]
+_BASELINES = Annotated[str, typer.Option(help="Suite: also some of blind,food-name,name-only (default: none).")]
 _FALLBACK = Annotated[
     Literal["wrong", "a", "random"],
-    typer.Option(rich_help_panel=_SUITE, help="Suite: what official makes of an answer without a letter (random: drawn by --seed)."),
+    typer.Option(help="Suite: what official makes of an answer without a letter (random: drawn by --seed)."),
 ]
-_SEED = Annotated[int, typer.Option(rich_help_panel=_SUITE, help="Suite: of --rotate seeded and --fallback random.")]
-_ITEMS = Annotated[Path | None, typer.Option(rich_help_panel=_SUITE, help="Suite: ask only items whose id is in this prepared JSONL file.")]
-_SKIP = Annotated[bool, typer.Option("--skip-bad", rich_help_panel=_SUITE, help="Suite: leave faulty items out, listed and counted.")]
-_DRY = Annotated[bool, typer.Option("--dry-run", rich_help_panel=_SUITE, help="Suite: only say what it will cost.")]
+_SEED = Annotated[int, typer.Option(help="Suite: of --rotate seeded and --fallback random.")]
+_ITEMS = Annotated[Path | None, typer.Option(help="Suite: ask only the items whose id is in this prepared JSONL file.")]
+_SKIP = Annotated[bool, typer.Option("--skip-bad", help="Suite: leave faulty items out, listed and counted.")]
+_DRY = Annotated[bool, typer.Option("--dry-run", help="Suite: only say what it will cost.")]
+_URL = Annotated[str | None, typer.Option(help="Ask an OpenAI-compatible server instead, like http://127.0.0.1:8000/v1.")]
+_THERE = Annotated[str, typer.Option(help="Endpoint: the model's name there.")]
+_KEY = Annotated[str, typer.Option(help="Endpoint: the environment variable with its key (default: INTERVALE_REMOTE_KEY, if it is set).")]
+_MANY = Annotated[int, typer.Option(min=1, max=256, help="Endpoint: requests open at a time.")]
+_RETRIES = Annotated[int, typer.Option(min=0, max=100, help="Endpoint: how often a request is tried again.")]
+_TIMEOUT = Annotated[float, typer.Option(min=0.1, help="Endpoint: seconds to wait for an answer.")]
+_PRICES = Annotated[str, typer.Option(help="Endpoint: price of a million prompt and new tokens, such as 2.5,10.")]
+_PREFIX = Annotated[
+    Literal["user", "assistant"],
+    typer.Option(help="Endpoint, suite: a prompt's forced prefix ends the question, or begins the answer (vLLM, SGLang)."),
+]
+_EXTRA = Annotated[str, typer.Option(help="Endpoint: JSON that goes into every request; null takes a key out.")]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every evaluation is told: `model` is the data where there is an endpoint and no `data`."""
+
+    model: str
+    data: Path | None
+    out: Path
+    prompt: str
+    mode: str
+    max_new_tokens: int
+    limit: int | None
+    fresh: bool
 
 
 def evaluate(
@@ -56,11 +86,11 @@ def evaluate(
     data: _DATA = None,
     prompt: _PROMPT = "open",
     mode: _MODE = "strict",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
+    max_new_tokens: _LONGEST = 64,
     max_tiles: _TILES = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda when there is one).")] = None,
+    device: _DEVICE = None,
     precision: _PRECISION = "auto",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N items (of a suite: of each task).")] = None,
+    limit: _LIMIT = None,
     fresh: _FRESH = False,
     json_: _JSON = False,
     suite: _NAME = None,
@@ -75,41 +105,57 @@ def evaluate(
     items: _ITEMS = None,
     skip_bad: _SKIP = False,
     dry_run: _DRY = False,
+    base_url: _URL = None,
+    model_name: _THERE = "",
+    api_key_env: _KEY = "",
+    concurrency: _MANY = 8,
+    retries: _RETRIES = 6,
+    timeout: _TIMEOUT = 120.0,
+    prices: _PRICES = "",
+    prefix_as: _PREFIX = "user",
+    extra: _EXTRA = "",
 ) -> None:
     """Score a model on questions with choices: accuracy with its interval, per tag, every answer on file."""
-    if data is None:
-        raise typer.BadParameter("name the data after the model", param_hint="DATA")
+    from intervale.cli import evaluate_suite as suites
+
+    local = suites.LocalOptions(max_tiles, device, precision)
+    wanted = suites.SuiteOptions(tasks, langs, prompts, modes, rotate, baselines, fallback, seed, items, skip_bad, dry_run)
+    server = suites.EndpointOptions(model_name, api_key_env, concurrency, retries, timeout, prices, prefix_as, extra)
+    asked = Asked(model, data, out, prompt, mode, max_new_tokens, limit, fresh)
+    suites.refuse_misplaced(suite, base_url, local, wanted, server, prompt, mode)
     if suite:
-        from intervale.cli import evaluate_suite
-        from intervale.evaluate.suite_local import local_asker
-
-        options = evaluate_suite.SuiteOptions(tasks, langs, prompts, modes, rotate, baselines, fallback, seed, items, limit, skip_bad)
-        settings = evaluate_suite.settings_of(options, False)
-        ways = {"text": settings.text, "letters": settings.letters}
-        asker = local_asker(model, max_new_tokens=max_new_tokens, max_tiles=max_tiles, device=device, precision=precision, **ways)
-        return evaluate_suite.run(data, out, asker, settings, options, fresh=fresh, dry=dry_run, as_json=json_)
-    _one(model, data, out, prompt, mode, max_new_tokens, max_tiles, device, precision, limit, fresh, json_)
+        suites.run(asked, local, wanted, server, base_url, json_)
+    else:
+        _one(asked, local, server, base_url, json_)
 
 
-def _one(
-    model: str, data: Path, out: Path, prompt: str, mode: str, max_new_tokens: int, max_tiles: int | None, device: str | None,
-    precision: str, limit: int | None, fresh: bool, json_: bool,
-) -> None:  # fmt: skip
-    """A data set asked one way by a model in this process."""
-    from intervale.evaluate.run import evaluate as run
-    from intervale.evaluate.run import plan
+def _one(asked: Asked, local: LocalOptions, server: EndpointOptions, base_url: str | None, as_json: bool) -> None:
+    """A data set asked one way."""
+    from intervale.cli.evaluate_suite import endpoint_asker, model_and_data, used_line
 
-    job = plan(
-        model, data, out, prompt=prompt, mode=mode, max_new_tokens=max_new_tokens, max_tiles=max_tiles, device=device,
-        precision=precision, limit=limit,
-    )  # fmt: skip
-    summary = run(job, fresh=fresh, tell=note)
-    if json_:
-        emit_json(summary)
-        return
+    name, data = model_and_data(asked, base_url)
+    if base_url is None:
+        from intervale.evaluate.run import evaluate as run
+        from intervale.evaluate.run import plan
+
+        job = plan(
+            name, data, asked.out, prompt=asked.prompt, mode=asked.mode, max_new_tokens=asked.max_new_tokens, max_tiles=local.max_tiles,
+            device=local.device, precision=local.precision, limit=asked.limit,
+        )  # fmt: skip
+        summary = run(job, fresh=asked.fresh, tell=note)
+    else:
+        from intervale.evaluate.endpoint_run import evaluate_endpoint, plan_endpoint
+
+        asker = endpoint_asker(base_url, server, asked.max_new_tokens, text=True, letters=False)
+        there = plan_endpoint(asker, data, asked.out, prompt=asked.prompt, mode=asked.mode, limit=asked.limit)
+        summary = evaluate_endpoint(there, fresh=asked.fresh, tell=note)
+    if as_json:
+        return emit_json(summary)
     for line in shown(summary, sys.stdout.isatty()):
         result(line)
-    result(say(f"written to {out}", f"已写入 {out}"))
+    if "used" in summary:
+        result(used_line(summary["used"]))
+    result(say(f"written to {asked.out}", f"已写入 {asked.out}"))
 
 
 def _row(name: str, score: dict[str, Any]) -> str:

@@ -2,33 +2,85 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from intervale.cli.output import emit_json, note, result, safe
+from intervale.cli.output import emit_json, note, result
 from intervale.core.lang import say
 
 if TYPE_CHECKING:
+    from intervale.cli.evaluate import Asked
+    from intervale.evaluate.endpoint import EndpointAsker
     from intervale.evaluate.suite import Asker, Settings
+
+OWN_KEY = "INTERVALE_REMOTE_KEY"
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """Of a model in this process."""
+
+    max_tiles: int | None = None
+    device: str | None = None
+    precision: str = "auto"
 
 
 @dataclass(frozen=True)
 class SuiteOptions:
-    """The words of the command line, lists still joined by commas."""
+    """The suite's words of the command line, lists still joined by commas."""
 
-    tasks: str
-    langs: str
-    prompts: str
-    modes: str
-    rotate: str
-    baselines: str
-    fallback: str
-    seed: int
-    items: Path | None
-    limit: int | None
-    skip_bad: bool
+    tasks: str = ""
+    langs: str = ""
+    prompts: str = ""
+    modes: str = ""
+    rotate: str = "none"
+    baselines: str = ""
+    fallback: str = "wrong"
+    seed: int = 0
+    items: Path | None = None
+    skip_bad: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class EndpointOptions:
+    """An endpoint's words of the command line."""
+
+    model_name: str = ""
+    api_key_env: str = ""
+    concurrency: int = 8
+    retries: int = 6
+    timeout: float = 120.0
+    prices: str = ""
+    prefix_as: str = "user"
+    extra: str = ""
+
+
+def _given(options: Any) -> list[str]:
+    """The options that are not left at their defaults, as they are typed."""
+    plain = type(options)()
+    return [f"--{field.name.replace('_', '-')}" for field in fields(options) if getattr(options, field.name) != getattr(plain, field.name)]
+
+
+def refuse_misplaced(
+    suite: str | None, base_url: str | None, local: LocalOptions, wanted: SuiteOptions, server: EndpointOptions, prompt: str, mode: str
+) -> None:
+    """Raise a UserError for an option that this evaluation would pass over in silence."""
+    from intervale.core.errors import UserError
+
+    mine = [name for name, value, default in (("--prompt", prompt, "open"), ("--mode", mode, "strict")) if value != default]
+    for names, wrong, why in (
+        (_given(wanted), suite is None, "belongs to --suite"),
+        (mine, suite is not None, "is a data set's; a suite has --prompts and --modes"),
+        (_given(server), base_url is None, "belongs to --base-url"),
+        (["--prefix-as"] if server.prefix_as != "user" else [], suite is None, "belongs to --suite"),
+        (_given(local), base_url is not None, "belongs to a model in this process"),
+    ):
+        if wrong and names:
+            raise UserError(f"{names[0]} {why}", "leave it out, or see `intervale evaluate --help`")
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -58,9 +110,50 @@ def settings_of(options: SuiteOptions, endpoint: bool) -> Settings:
     )
 
 
-def run(data: Path, out: Path, asker: Asker, settings: Settings, options: SuiteOptions, *, fresh: bool, dry: bool, as_json: bool) -> None:
-    """Say what it will cost, run it (unless `dry`), print the tables."""
+def model_and_data(asked: Asked, base_url: str | None) -> tuple[str, Path]:
+    """(model, data) of the two words of the command line: an endpoint needs no model, so there the first may be the data."""
+    from intervale.core.errors import UserError
+
+    if base_url is not None and asked.data is not None:
+        raise UserError(f"with --base-url there is no model folder, but {asked.model} and {asked.data} were given",
+                        "write `intervale evaluate DATA --base-url URL --model-name NAME`")  # fmt: skip
+    if base_url is None and asked.data is None:
+        raise UserError("the data is missing", "write `intervale evaluate MODEL DATA --out DIR`")
+    return (asked.model, asked.data) if asked.data is not None else ("", Path(asked.model))
+
+
+def endpoint_asker(base_url: str, options: EndpointOptions, max_new_tokens: int, *, text: bool, letters: bool) -> EndpointAsker:
+    """The asker of an endpoint. Raises: UserError for an address, a key, prices or extras that cannot be used."""
+    from intervale.core.errors import UserError
+    from intervale.engine.remote import web_address
+    from intervale.engine.whole import Server
+    from intervale.evaluate.endpoint import EndpointAsker, parse_extra
+
+    key = os.environ.get(options.api_key_env or OWN_KEY, "")
+    if options.api_key_env and not key:
+        raise UserError(f"the environment variable {options.api_key_env} is not set", "set it to the endpoint's key")
+    if not options.model_name:
+        raise UserError("the endpoint's model has no name", "add --model-name, the name that the server lists under /v1/models")
+    try:
+        prices = [float(price) for price in options.prices.split(",")] if options.prices else []
+    except ValueError:
+        prices = [0.0]
+    if len(prices) not in (0, 2) or any(not 0 <= price < float("inf") for price in prices):
+        raise UserError(
+            f"--prices {options.prices!r} are not two numbers", "give the price of a million prompt and of a million new tokens: 2.5,10"
+        )
+    server = Server(
+        web_address(base_url), options.model_name, key, concurrency=options.concurrency, retries=options.retries, seconds=options.timeout,
+        extra=parse_extra(options.extra),
+    )  # fmt: skip
+    return EndpointAsker(server, max_new_tokens, text, letters, options.prefix_as, (prices[0], prices[1]) if prices else None)
+
+
+def run(asked: Asked, local: LocalOptions, options: SuiteOptions, server: EndpointOptions, base_url: str | None, as_json: bool) -> None:
+    """Say what the suite will cost, run it (unless it is only to be told), print the tables."""
+    from intervale.cli.prepare import tell_terms
     from intervale.core.errors import UserError, nearest
+    from intervale.data.foodieqa import licence_of
     from intervale.evaluate.foodieqa import TASKS
     from intervale.evaluate.suite import askings_of, cost, run_suite
     from intervale.evaluate.suite_data import read_suite
@@ -69,18 +162,31 @@ def run(data: Path, out: Path, asker: Asker, settings: Settings, options: SuiteO
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"unknown task {task!r}{nearest(task, TASKS)}", f"use some of {', '.join(TASKS)}")
-    found = read_suite(data, tasks, settings.languages, only=options.items, limit=options.limit, skip_bad=options.skip_bad)
+    name, data = model_and_data(asked, base_url)
+    settings = settings_of(options, base_url is not None)
+    asker: Asker
+    if base_url is not None:
+        asker = endpoint_asker(base_url, server, asked.max_new_tokens, text=settings.text, letters=settings.letters)
+    else:
+        from intervale.evaluate.suite_local import local_asker
+
+        asker = local_asker(
+            name, max_new_tokens=asked.max_new_tokens, max_tiles=local.max_tiles, device=local.device, precision=local.precision,
+            text=settings.text, letters=settings.letters,
+        )  # fmt: skip
+    found = read_suite(data, tasks, settings.languages, only=options.items, limit=asked.limit, skip_bad=options.skip_bad)
+    tell_terms(licence_of(found.parts[0].source), str(data))
     lines = cost(found, askings_of(found, settings), asker, settings)
     for line in lines:
-        (result if dry and not as_json else note)(line)
-    if dry:
+        (result if options.dry_run and not as_json else note)(line)
+    if options.dry_run:
         return emit_json({"cost": lines}) if as_json else None
-    suite = run_suite(found, settings, asker, out, fresh=fresh, tell=note)
+    suite = run_suite(found, settings, asker, asked.out, fresh=asked.fresh, tell=note)
     if as_json:
         return emit_json(suite)
     for line in shown(suite, sys.stdout.isatty()):
-        result(safe(line) if "\x1b" not in line else line)
-    result(say(f"written to {out}", f"已写入 {out}"))
+        result(line)
+    result(say(f"written to {asked.out}", f"已写入 {asked.out}"))
 
 
 def shown(suite: dict[str, Any], coloured: bool) -> list[str]:

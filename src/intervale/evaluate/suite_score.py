@@ -19,7 +19,7 @@ FALLBACKS = ("wrong", "a", "random")
 MODES = ("strict", "official", "likelihood")
 COUNTS = ("unparsed", "cut_off", "ties", "refused", "unseen")  # what a score hides
 _LETTERS = "ABCD"
-_KEPT = ("raw", "finish", "tokens", "prompt_tokens", "seconds", "refused", "letters")
+_TEXT, _KEPT = ("raw", "finish"), ("tokens", "prompt_tokens", "seconds", "refused")
 
 
 def needs_text(modes: Sequence[str]) -> bool:
@@ -73,8 +73,9 @@ def read_answer(asking: Asking, answer: dict[str, Any], mode: str, fallback: str
         "answer": plain.answer,
         "prompt": "foodieqa",
         "mode": mode,
-        **{key: answer[key] for key in _KEPT if key in answer},
+        **({} if mode == "likelihood" else {key: answer[key] for key in _TEXT}),
         **told,
+        **{key: answer[key] for key in _KEPT if key in answer},
         "shown": shown,
         "right_shown": asking.record.answer,
         "parsed": parsed,
