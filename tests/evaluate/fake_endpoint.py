@@ -57,9 +57,7 @@ class FakeEndpoint(httpx.AsyncBaseTransport):
     """The server. `faults`: what goes wrong at which request; `logprobs`: does it give them?"""
 
     def __init__(self, folder: Path, faults: dict[int, Any] | None = None, logprobs: bool = True) -> None:
-        self.items = {
-            task: json.loads((folder / f"{task}_tidy.json").read_text(encoding="utf-8")) for task in ("sivqa", "mivqa", "textqa")
-        }
+        self.items = {task: json.loads((folder / f"{task}_tidy.json").read_text(encoding="utf-8")) for task in ("sivqa", "mivqa", "textqa")}
         self.folder, self.faults, self.logprobs = folder, faults or {}, logprobs
         names = {item["food_meta"]["food_file"] for item in self.items["sivqa"]} | {n for i in self.items["mivqa"] for n in i["images"]}
         self.looks = {name: pixels(load_picture(folder / name)) for name in names}
@@ -122,4 +120,3 @@ class FakeEndpoint(httpx.AsyncBaseTransport):
 
 def busy(after: str = "0.01") -> httpx.Response:
     return httpx.Response(429, headers={"retry-after": after}, json={"error": {"message": "slow down"}})
-

@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-
 from fake_endpoint import FakeEndpoint, busy, number_of, options, place_said, right_place
+
 from foodie_fixture import write_foodieqa
 from intervale.core.errors import UserError
 from intervale.data.images import load_picture
@@ -154,14 +154,16 @@ def test_a_refused_request_is_a_counted_wrong_answer_but_nothing_but_refusals_is
     assert [(line["id"], line["correct"], line["parsed"]) for line in refused] == [("textqa-0", False, None), ("textqa-4", False, None)]
     assert "content policy" in refused[0]["refused"]
     with pytest.raises(UpstreamRefusedError, match="refused the request"):
-        go(foodie, tmp_path / "none", settings, FakeEndpoint(foodie, {number: filtered for number in range(1, 99)}), tasks=("textqa",))
+        go(foodie, tmp_path / "none", settings, FakeEndpoint(foodie, dict.fromkeys(range(1, 99), filtered)), tasks=("textqa",))
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize(("answer", "told"), [(httpx.Response(401), "answered 401"), (httpx.Response(200, content=b"{}"), "not a chat comp")])
+@pytest.mark.parametrize(
+    ("answer", "told"), [(httpx.Response(401), "answered 401"), (httpx.Response(200, content=b"{}"), "not a chat comp")]
+)
 def test_what_no_retry_helps_stops_the_run_and_keeps_what_there_is(foodie: Path, tmp_path: Path, answer: httpx.Response, told: str) -> None:
     settings = Settings(languages=("zh",), modes=("strict",), prompts=("0",))
-    faults = {number: answer for number in range(4, 99)}
+    faults = dict.fromkeys(range(4, 99), answer)
     with pytest.raises(EngineError, match=told):
         go(foodie, tmp_path / "out", settings, FakeEndpoint(foodie, faults), tasks=("textqa",), concurrency=1, retries=2)
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 3

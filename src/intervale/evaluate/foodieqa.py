@@ -43,8 +43,8 @@ class PromptText:
 class Asking:
     """One item asked once. `record` holds the conversation (its last assistant turn is the forced prefix) and the options as shown.
 
-    `order[k]` is the item's own index of the option shown at place k; `lead` are the words directly before the answer, be they forced
-    on the model or told by the user. `key` names the asking in the answers' file; `plain` is the item as the source has it.
+    `order[k]` is the item's own index of the option shown at place k; `plain` is the item as the source has it. `key` names the asking
+    in the answers' file.
     """
 
     task: str
@@ -54,7 +54,6 @@ class Asking:
     turn: str
     record: Record
     order: tuple[int, ...]
-    lead: str
     plain: Record
 
     @property
@@ -170,8 +169,7 @@ def ask_item(item: Item, plain: Record, task: str, language: str, view: str, pro
         where=item.where,
         root=plain.root,
     )
-    lead = text.prefix or _MARK.split(text.user)[-1]
-    return Asking(task, language, view, prompt, turn, record, order, lead, plain)
+    return Asking(task, language, view, prompt, turn, record, order, plain)
 
 
 def plain_record(item: Item, task: str, language: str, root: Path, images: Sequence[str]) -> Record:

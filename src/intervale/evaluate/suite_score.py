@@ -27,13 +27,13 @@ def needs_text(modes: Sequence[str]) -> bool:
     return bool({"strict", "official"} & set(modes))
 
 
-def read_strict(raw: str, lead: str, shown: Sequence[str]) -> int | None:
-    """The place of the option that an answer names, by `parse_letter`: of the answer alone, else of the words before it and the answer.
+def read_strict(raw: str, shown: Sequence[str]) -> int | None:
+    """The place of the option that an answer names, by `parse_letter`: of the answer alone, else of one that follows "the answer is (".
 
-    "B because" is no letter by itself, but "正确答案，为（" + "B because" is: the protocol's prompts end where the letter belongs.
+    "B because" is no letter by itself, but after 正确答案，为（ it is: the protocol's prompts all end where the letter belongs.
     """
     found = parse_letter(raw, shown)
-    return parse_letter(lead + raw, shown) if found is None and raw.strip() else found
+    return parse_letter(f"答案: ({raw.lstrip()}", shown) if found is None and raw.strip() else found
 
 
 def read_official(raw: str, key: str, fallback: str, seed: int) -> tuple[int | None, bool]:
@@ -62,7 +62,7 @@ def read_answer(asking: Asking, answer: dict[str, Any], mode: str, fallback: str
         shown, fell = read_official(answer["raw"], asking.key, fallback, seed)
         told["fell_back"] = fell
     else:
-        shown = read_strict(answer["raw"], asking.lead, asking.record.choices)
+        shown = read_strict(answer["raw"], asking.record.choices)
     parsed = asking.order[shown] if shown is not None and shown < len(asking.order) else None
     plain = asking.plain
     line = {
