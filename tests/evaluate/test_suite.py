@@ -215,7 +215,7 @@ def test_the_command_says_what_it_will_cost_and_prints_the_tables(
     assert "mean  maximum" in told.out
     assert "a maximum over some is no published number" in told.out
     assert "right in every order" in told.out
-    assert "4 of 24 items left out (item, no English, picture)" in told.out
+    assert "3 of 24 items left out (item, no English)" in told.out
     for lang in ("zh", "en"):
         assert run_command(monkeypatch, "--lang", lang, *words, "--limit", 2, "--json") == 0
         assert json.loads(capsys.readouterr().out)["kind"] == "intervale suite"
