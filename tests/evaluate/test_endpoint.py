@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def trouble() -> dict[int, Any]:
 
 
 def asker(transport: httpx.AsyncBaseTransport, settings: Settings, **more: Any) -> EndpointAsker:
-    own = {key: more.pop(key) for key in list(more) if key in ("prefix_as", "prices")}
+    own = {key: more.pop(key) for key in list(more) if key == "prices"}
     server = Server("http://there/v1", "big", "secret", pause=0.001, transport=transport, **more)
     return EndpointAsker(server, 32, settings.text, settings.letters, **own)
 
@@ -119,7 +120,7 @@ def test_baselines_ask_without_the_picture_or_with_the_dishs_name(foodie: Path, 
 
 
 def test_a_forced_prefix_ends_the_question_or_begins_the_answer(foodie: Path, tmp_path: Path) -> None:
-    settings = Settings(languages=("zh",), modes=("strict",), prompts=("3",))
+    settings = Settings(languages=("zh",), modes=("strict",), prompts=("3",), prefix_as="user")
     fake = FakeEndpoint(foodie)
     go(foodie, tmp_path / "user", settings, fake, tasks=("sivqa",), limit=1)
     (body,) = fake.asked
@@ -127,7 +128,8 @@ def test_a_forced_prefix_ends_the_question_or_begins_the_answer(foodie: Path, tm
     assert body["messages"][0]["content"][1]["text"].endswith("从所提供的选项中选择一个正确答案。\n我选择（")
     assert "continue_final_message" not in body
     fake = FakeEndpoint(foodie)
-    go(foodie, tmp_path / "assistant", settings, fake, tasks=("sivqa",), limit=1, prefix_as="assistant")
+    settings = replace(settings, prefix_as="assistant")
+    go(foodie, tmp_path / "assistant", settings, fake, tasks=("sivqa",), limit=1)
     (body,) = fake.asked
     assert body["messages"][-1] == {"role": "assistant", "content": "我选择（"}
     assert (body["continue_final_message"], body["add_generation_prompt"]) == (True, False)

@@ -13,6 +13,7 @@ from serve_fixture import live
 from test_endpoint import after, busy, timeless
 
 from conftest import draw_plates, run_command
+from foodie_fixture import write_foodieqa
 from intervale.core.errors import UserError
 from intervale.engine.desks import local_desk
 from intervale.engine.whole import Server
@@ -21,6 +22,10 @@ from intervale.evaluate.endpoint import EndpointAsker
 from intervale.evaluate.endpoint_run import evaluate_endpoint, plan_endpoint
 from intervale.evaluate.folder import read_predictions
 from intervale.evaluate.run import evaluate, plan
+from intervale.evaluate.suite import Settings, run_suite
+from intervale.evaluate.suite_data import read_suite
+from intervale.evaluate.suite_folder import read_answers
+from intervale.evaluate.suite_local import local_asker
 
 
 class Plates(httpx.AsyncBaseTransport):
@@ -51,7 +56,7 @@ class Plates(httpx.AsyncBaseTransport):
 
 
 def go(data: Path, out: Path, other: httpx.AsyncBaseTransport, prompt: str = "mcq", mode: str = "strict", **more: Any) -> dict[str, Any]:
-    asker = EndpointAsker(Server("http://there/v1", "big", pause=0.001, transport=other), 16, True, False, prices=(1.0, 2.0))
+    asker = EndpointAsker(Server("http://there/v1", "big", pause=0.001, transport=other), 16, True, False, (1.0, 2.0))
     return evaluate_endpoint(plan_endpoint(asker, data, out, prompt=prompt, mode=mode), fresh=False, tell=lambda _: None, **more)
 
 
@@ -117,6 +122,24 @@ def test_a_served_model_answers_as_it_does_in_this_process(tiny: Path, plates_fi
     assert (there["correct"], there["tokens"]) == (here["correct"], here["tokens"])
     with pytest.raises(UserError, match=r"protocol\.max_tiles: 4 -> null"):  # how many tiles a server cuts is not known
         compare(tmp_path / "here", tmp_path / "there")
+
+
+def test_a_served_model_stands_in_the_same_table_as_one_in_this_process(tiny: Path, tmp_path: Path) -> None:
+    """The suite, the forced prefix told by the user on both sides: the same answers, prompt for prompt."""
+    write_foodieqa(tmp_path / "src", traps=False)
+    data = read_suite(tmp_path / "src", limit=2)
+    settings = Settings(modes=("strict", "official"), prefix_as="user")
+    local = local_asker(str(tiny), max_new_tokens=6, max_tiles=None, device="cpu", precision="auto", text=True, letters=False)
+    here = run_suite(data, settings, local, tmp_path / "here", tell=lambda _: None)
+    with live(local_desk(str(tiny), device="cpu")) as url:
+        asker = EndpointAsker(Server(f"{url}/v1", "tiny", concurrency=3), 6, True, False)
+        there = run_suite(data, settings, asker, tmp_path / "there", tell=lambda _: None)
+    said = [
+        {line["key"]: (line["raw"], line["prompt_tokens"], line["tokens"]) for line in read_answers(tmp_path / name)}
+        for name in ("here", "there")
+    ]
+    assert said[0] == said[1]
+    assert here["tables"] == there["tables"]
 
 
 def test_the_command_asks_an_endpoint_and_keeps_its_key_to_itself(

@@ -60,8 +60,8 @@ _RETRIES = Annotated[int, typer.Option(min=0, max=100, help="Endpoint: how often
 _TIMEOUT = Annotated[float, typer.Option(min=0.1, help="Endpoint: seconds to wait for an answer.")]
 _PRICES = Annotated[str, typer.Option(help="Endpoint: price of a million prompt and new tokens, such as 2.5,10.")]
 _PREFIX = Annotated[
-    Literal["user", "assistant"],
-    typer.Option(help="Endpoint, suite: a prompt's forced prefix ends the question, or begins the answer (vLLM, SGLang)."),
+    Literal["assistant", "user"] | None,
+    typer.Option(help="Suite: the words that an answer is forced to begin with begin it, or end the question (default at an endpoint)."),
 ]
 _EXTRA = Annotated[str, typer.Option(help="Endpoint: JSON that goes into every request; null takes a key out.")]
 
@@ -105,6 +105,7 @@ def evaluate(
     items: _ITEMS = None,
     skip_bad: _SKIP = False,
     dry_run: _DRY = False,
+    prefix_as: _PREFIX = None,
     base_url: _URL = None,
     model_name: _THERE = "",
     api_key_env: _KEY = "",
@@ -112,15 +113,14 @@ def evaluate(
     retries: _RETRIES = 6,
     timeout: _TIMEOUT = 120.0,
     prices: _PRICES = "",
-    prefix_as: _PREFIX = "user",
     extra: _EXTRA = "",
 ) -> None:
     """Score a model on questions with choices: accuracy with its interval, per tag, every answer on file."""
     from intervale.cli import evaluate_suite as suites
 
     local = suites.LocalOptions(max_tiles, device, precision)
-    wanted = suites.SuiteOptions(tasks, langs, prompts, modes, rotate, baselines, fallback, seed, items, skip_bad, dry_run)
-    server = suites.EndpointOptions(model_name, api_key_env, concurrency, retries, timeout, prices, prefix_as, extra)
+    wanted = suites.SuiteOptions(tasks, langs, prompts, modes, rotate, baselines, fallback, seed, items, skip_bad, dry_run, prefix_as)
+    server = suites.EndpointOptions(model_name, api_key_env, concurrency, retries, timeout, prices, extra)
     asked = Asked(model, data, out, prompt, mode, max_new_tokens, limit, fresh)
     suites.refuse_misplaced(suite, base_url, local, wanted, server, prompt, mode)
     if suite:

@@ -43,6 +43,7 @@ class SuiteOptions:
     items: Path | None = None
     skip_bad: bool = False
     dry_run: bool = False
+    prefix_as: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,6 @@ class EndpointOptions:
     retries: int = 6
     timeout: float = 120.0
     prices: str = ""
-    prefix_as: str = "user"
     extra: str = ""
 
 
@@ -76,7 +76,6 @@ def refuse_misplaced(
         (_given(wanted), suite is None, "belongs to --suite"),
         (mine, suite is not None, "is a data set's; a suite has --prompts and --modes"),
         (_given(server), base_url is None, "belongs to --base-url"),
-        (["--prefix-as"] if server.prefix_as != "user" else [], suite is None, "belongs to --suite"),
         (_given(local), base_url is not None, "belongs to a model in this process"),
     ):
         if wrong and names:
@@ -106,6 +105,7 @@ def settings_of(options: SuiteOptions, endpoint: bool) -> Settings:
             views=("picture", *(view for view in words(options.baselines) if view != "picture")),
             fallback=options.fallback,
             seed=options.seed,
+            prefix_as=options.prefix_as or ("user" if endpoint else "assistant"),  # not every server can go on with an answer
         )
     )
 
@@ -146,7 +146,7 @@ def endpoint_asker(base_url: str, options: EndpointOptions, max_new_tokens: int,
         web_address(base_url), options.model_name, key, concurrency=options.concurrency, retries=options.retries, seconds=options.timeout,
         extra=parse_extra(options.extra),
     )  # fmt: skip
-    return EndpointAsker(server, max_new_tokens, text, letters, options.prefix_as, (prices[0], prices[1]) if prices else None)
+    return EndpointAsker(server, max_new_tokens, text, letters, (prices[0], prices[1]) if prices else None)
 
 
 def run(asked: Asked, local: LocalOptions, options: SuiteOptions, server: EndpointOptions, base_url: str | None, as_json: bool) -> None:

@@ -93,7 +93,7 @@ def letter_scores(first: Sequence[tuple[str, float]], count: int) -> list[float]
 
 @dataclass(frozen=True)
 class EndpointAsker:
-    """An endpoint for the suite. `prefix_as`: the forced prefix is told by the user, or stands as the assistant's begun answer.
+    """An endpoint for the suite. An asking's forced prefix is sent as the assistant's begun answer, with the words of vLLM and SGLang for it.
 
     Prices are per million tokens, in whatever money; None where they are not known.
     """
@@ -102,7 +102,6 @@ class EndpointAsker:
     max_new_tokens: int
     text: bool
     letters: bool
-    prefix_as: str = "user"
     prices: tuple[float, float] | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -117,7 +116,7 @@ class EndpointAsker:
     def protocol(self) -> dict[str, Any]:
         """How it is asked."""
         extra = {"extra": self.server.extra} if self.server.extra else {}
-        return {"max_new_tokens": self.max_new_tokens if self.text else None, "max_tiles": None, "prefix_as": self.prefix_as, **extra}
+        return {"max_new_tokens": self.max_new_tokens if self.text else None, "max_tiles": None, **extra}
 
     def seen(self, source: Path, records: Sequence[Record]) -> tuple[bool | None, str]:
         """Nobody knows."""
@@ -142,16 +141,11 @@ class EndpointAsker:
         return self._lines(once_answered(ask_all(self.server, asks), bool(done)), left)
 
     def _forced(self, asking: Asking) -> dict[str, Any]:
-        return CONTINUE if self.prefix_as == "assistant" and asking.record.reference() else {}
+        return CONTINUE if asking.record.reference() else {}
 
     def _request(self, asking: Asking, new: int) -> Request:
         record = asking.record
-        messages, prefix = list(record.prompt()), record.reference()
-        if prefix and self.prefix_as == "assistant":
-            messages.append(Message("assistant", prefix))
-        elif prefix:
-            messages[-1] = Message("user", f"{messages[-1].content.rstrip()}\n{prefix}")
-        return Request(turns_of(messages, record), Sampling(max_new_tokens=new))
+        return Request(turns_of(record.messages, record), Sampling(max_new_tokens=new))
 
     def _lines(self, answered: Iterator[list[Answered]], askings: dict[str, Asking]) -> Iterator[list[dict[str, Any]]]:
         for together in answered:

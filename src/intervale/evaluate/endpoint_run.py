@@ -44,7 +44,7 @@ class EndpointPlan:
 
     def protocol(self) -> dict[str, Any]:
         """How every item is asked and scored: the keys of a local evaluation, and what is the endpoint's own."""
-        own = {key: value for key, value in self.asker.protocol().items() if key not in ("max_new_tokens", "max_tiles", "prefix_as")}
+        own = {key: value for key, value in self.asker.protocol().items() if key not in ("max_new_tokens", "max_tiles")}
         likely = self.mode == "likelihood"
         new = None if likely else self.asker.max_new_tokens
         return {

@@ -137,8 +137,12 @@ def steps_of(turn: str, seed: int, name: str, count: int) -> int:
     return 0 if turn == AS_IS else int(turn.removeprefix("turn"))
 
 
-def ask_item(item: Item, plain: Record, task: str, language: str, view: str, prompt: str, turn: str, seed: int = 0) -> Asking:
+def ask_item(
+    item: Item, plain: Record, task: str, language: str, view: str, prompt: str, turn: str, *, seed: int = 0, prefix_as: str = "assistant"
+) -> Asking:
     """The item asked by one prompt in one view and one order of its options. `plain` is its record, options and pictures in order.
+
+    `prefix_as` user: what the answer is forced to begin with ends the question instead, for models that cannot be forced.
 
     Raises: UserError for an unknown prompt, or a mivqa item without four pictures (the prompts speak of four).
     """
@@ -156,8 +160,10 @@ def ask_item(item: Item, plain: Record, task: str, language: str, view: str, pro
     line = str(_file()["choice_line"])
     choices = "".join(_fill(line, {"letter": LETTERS[place], "choice": choice}) for place, choice in enumerate(shown))
     user = _fill(text.user, {"question": question, "choices": choices, "pictures": pictures})
-    messages = [Message("system", text.system)] if text.system else []
-    messages += [Message("user", user), *([Message("assistant", text.prefix)] if text.prefix else [])]
+    if text.prefix and prefix_as == "user":
+        user = f"{user.rstrip()}\n{text.prefix}"
+    forced = [Message("assistant", text.prefix)] if text.prefix and prefix_as == "assistant" else []
+    messages = [*([Message("system", text.system)] if text.system else []), Message("user", user), *forced]
     assert plain.answer is not None
     record = Record(
         id=item.id,

@@ -35,12 +35,15 @@ from intervale.evaluate.suite_progress import Progress
 from intervale.evaluate.suite_score import FALLBACKS, MODES, needs_text
 
 Tell = Callable[[str], None]
-ROTATIONS = ("none", "seeded", "all")
+ROTATIONS, PREFIXES = ("none", "seeded", "all"), ("assistant", "user")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for. `prompts` empty: all of the protocol's; `views` beside the picture's; `fallback` is the official mode's."""
+    """What is asked for. `prompts` empty: all of the protocol's; `views` beside the picture's; `fallback` is the official mode's.
+
+    `prefix_as`: the words that an answer is forced to begin with begin it (assistant), or end the question (user).
+    """
 
     languages: tuple[str, ...] = LANGUAGES
     modes: tuple[str, ...] = MODES
@@ -49,6 +52,7 @@ class Settings:
     views: tuple[str, ...] = ("picture",)
     fallback: str = "wrong"
     seed: int = 0
+    prefix_as: str = "assistant"
 
     @property
     def text(self) -> bool:
@@ -100,7 +104,12 @@ def checked(settings: Settings) -> Settings:
         for word in getattr(settings, name):
             if word not in words:
                 raise UserError(f"unknown {name[:-1]} {word!r}{nearest(word, words)}", f"use some of {', '.join(words)}")
-    for name, word, words in (("rotation", settings.rotate, ROTATIONS), ("fallback", settings.fallback, FALLBACKS)):
+    single = (
+        ("rotation", settings.rotate, ROTATIONS),
+        ("fallback", settings.fallback, FALLBACKS),
+        ("prefix", settings.prefix_as, PREFIXES),
+    )
+    for name, word, words in single:
         if word not in words:
             raise UserError(f"unknown {name} {word!r}{nearest(word, words)}", f"use one of {', '.join(words)}")
     if not settings.modes or not settings.languages or not settings.views:
@@ -142,7 +151,7 @@ def askings_of(data: SuiteData, settings: Settings) -> list[Asking]:
                 views = [view for view in settings.views if view_applies(view, task, part.language, item)]
                 for turn in _turns(settings.rotate, len(plain.choices)):
                     own += [
-                        ask_item(item, plain, task, part.language, view, prompt, turn, settings.seed)
+                        ask_item(item, plain, task, part.language, view, prompt, turn, seed=settings.seed, prefix_as=settings.prefix_as)
                         for view in views
                         for prompt in prompts
                     ]

@@ -139,7 +139,7 @@ def _protocol(combination: Sequence[str], mode: str, settings: Settings, limits:
     new = None if mode == "likelihood" else limits.get("max_new_tokens")
     found: dict[str, Any] = {"prompt": "foodieqa", "mode": mode, **limits, "max_new_tokens": new}
     found |= {"headline": "sum" if mode == "likelihood" else None, "suite": "foodieqa", "task": task, "language": language}
-    found |= {"view": view, "wording": prompt, "turn": turn}
+    found |= {"view": view, "wording": prompt, "turn": turn, "prefix_as": settings.prefix_as}
     if mode == "official":
         found["fallback"] = settings.fallback
     if turn == "seeded" or (mode == "official" and settings.fallback == "random"):
