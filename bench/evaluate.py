@@ -176,7 +176,12 @@ def row(name: str, seconds: dict[str, float], items: int, against: str, told: di
     speeds = {way: round(items / own, 2) for way, own in seconds.items()}
     words = "  ".join(f"{way} {speed:9.2f}" for way, speed in speeds.items())
     print(f"{name:9} {words}   {', '.join(f'{ratio:.2f}x {way}' for way, ratio in ratios.items())}   {told}", flush=True)
-    return {"items_s": speeds, "milliseconds": {way: round(1e3 * own, 2) for way, own in seconds.items()}, f"{against}_faster_than": ratios, **told}
+    return {
+        "items_s": speeds,
+        "milliseconds": {way: round(1e3 * own, 2) for way, own in seconds.items()},
+        f"{against}_faster_than": ratios,
+        **told,
+    }
 
 
 def measure(bench: Bench, questions: int, rounds: int, until: float) -> dict[str, Any]:
@@ -184,7 +189,9 @@ def measure(bench: Bench, questions: int, rounds: int, until: float) -> dict[str
     model, first = bench.model, bench.records[:questions]
     features = encode_tiles(model, cut_tiles(load_picture(first[0].root / first[0].images[0]), model.tiling))
     prompts, choices = [bench.prompt(record, features) for record in first], [bench.choices(record) for record in first]
-    print(f"{len(features)} tiles, prompts of {[len(p.ids_S) for p in prompts]} tokens, choices of {[[len(c) for c in own] for own in choices]}")
+    print(
+        f"{len(features)} tiles, prompts of {[len(p.ids_S) for p in prompts]} tokens, choices of {[[len(c) for c in own] for own in choices]}"
+    )
     print("items/s:")
     seconds, found = timed(scoring(bench, prompts, choices), rounds, until)
     difference = max(abs(a - b) for a, b in zip(found["separate"], found["shared"], strict=True))
@@ -225,7 +232,12 @@ def main() -> None:
         tiles = [[model.tiling.tiles_of(*picture_size(record.root / image)) for image in record.images] for record in records]
         print(f"{folder.name} loaded after {time.monotonic() - begun:.0f} s", flush=True)
         told: dict[str, Any] = {"device": torch.cuda.get_device_name() if cuda else "cpu", "threads": torch.get_num_threads()}
-        told |= {"model": given.model or given.preset, "precision": str(dtype).removeprefix("torch."), "versions": versions(), "new": given.new}
+        told |= {
+            "model": given.model or given.preset,
+            "precision": str(dtype).removeprefix("torch."),
+            "versions": versions(),
+            "new": given.new,
+        }
         told |= {"questions": given.questions, "pictures": given.pictures, "rounds": given.rounds}
         told |= measure(Bench(model, records, tiles, given.new), given.questions, given.rounds, begun + 0.8 * given.budget)
     told["seconds"] = round(time.monotonic() - begun, 1)

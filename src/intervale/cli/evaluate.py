@@ -34,6 +34,9 @@ def evaluate(
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")
     ] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N items.")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Keep pictures' features here (default: only read those that training kept).")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; an earlier evaluation is kept beside as NAME.old-1.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON document (the summary) on stdout.")] = False,
 ) -> None:
@@ -52,6 +55,7 @@ def evaluate(
         device=device,
         precision=precision,
         limit=limit,
+        features=features,
     )
     summary = run(job, fresh=fresh, tell=note)
     if json_:

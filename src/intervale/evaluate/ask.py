@@ -51,7 +51,7 @@ def _prompt_ids(model: Model, record: Record, prompt: str, picture_tokens: Seque
     return ids_S
 
 
-def _outline(ids_S: np.ndarray, counts: Sequence[int], picture: int) -> tuple[int, ...]:
+def outline_of(ids_S: np.ndarray, counts: Sequence[int], picture: int) -> tuple[int, ...]:
     """The ids with a single -1 in place of each picture's tokens."""
     places = np.flatnonzero(ids_S == picture)
     starts = places[np.cumsum([0, *counts])[:-1]] if len(places) else places
@@ -68,7 +68,7 @@ def question_of(model: Model, record: Record, tiles: Sequence[int], protocol: Pr
     counts = tuple(n * model.tiling.tokens_per_tile for n in tiles)
     ids_S = _prompt_ids(model, record, protocol.prompt, counts)
     tokens = len(ids_S)
-    outline = _outline(ids_S, counts, model.network.config.image_token_id)
+    outline = outline_of(ids_S, counts, model.network.config.image_token_id)
 
     def asked(new: int, choices: Sequence[Sequence[int]] = ()) -> Question:
         return Question(record, tokens, sum(counts), new, tuple(map(tuple, choices)), outline, counts, rotary_turn(model))
