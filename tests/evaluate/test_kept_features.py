@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from intervale.core.config import load_recipe
 from intervale.core.files import read_json
 from intervale.evaluate import batches as batching

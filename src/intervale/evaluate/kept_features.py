@@ -51,7 +51,11 @@ def _changed_parts(folder: Path) -> set[str]:
         return set()
     names = [name for file in (ADAPTER, TRAINED) if (checkpoint / file).is_file() for name in read_header(checkpoint / file)]
     ours = [name.removeprefix("base_model.model.") for name in names]
-    return {part for part, prefixes in PARTS.items() if any(name.startswith(tuple([prefixes] if isinstance(prefixes, str) else prefixes)) for name in ours)}
+    return {
+        part
+        for part, prefixes in PARTS.items()
+        if any(name.startswith(tuple([prefixes] if isinstance(prefixes, str) else prefixes)) for name in ours)
+    }
 
 
 def _folder_of_training(folder: Path) -> Path:
