@@ -273,3 +273,18 @@ def test_beyond_its_turn_a_rotary_embedding_is_the_long_one_for_shared_prompts_t
 def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(model: Model, prompts: list[Prompt]) -> None:
     with pytest.raises(UserError, match="context is 2048"):
         generate_batch(model, apart([prompts[0], prompt(model, "x" * 3000)]), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_the_embedded_models_log_probabilities_differ_by_rounding_alone(dtype: torch.dtype) -> None:
+    """Trained weights, log-probabilities down to -20: in float32 they differ by a millionth of their size; in float64 by nothing that
+    a float32 logit shows."""
+    nano = load_model("nano", device="cpu")
+    nano = replace(nano, network=nano.network.to(dtype))
+    key, features = drawn(nano, (448, 336))
+    row = [prompt(nano, (key, features.to(dtype)), text) for text in ("图中的菜属于哪个菜系?", "图片中的食物通常是什么味道?", "Which?")]
+    asked = encoded(nano, [["川菜，", "粤菜，", "酸辣，"]] * 3)
+    scored, alone = score_batch(nano, [row], asked), scored_alone(nano, row, asked)
+    values, others = ([value for own in side for ids in own for value in ids] for side in (scored, alone))
+    assert min(others) < -8
+    assert values == pytest.approx(others, rel=1e-6, abs=1e-5 if dtype == torch.float32 else 2e-6)

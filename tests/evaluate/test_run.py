@@ -16,6 +16,7 @@ from intervale.core.files import write_json
 from intervale.core.lang import set_language
 from intervale.core.records import Message, Record, data_digest, read_records, to_json
 from intervale.data.dataset import TileCache, load_item
+from intervale.engine import batch as engine_batch
 from intervale.engine.decode import encode_tiles
 from intervale.evaluate import batches as batching
 from intervale.evaluate import features as featuring
@@ -173,6 +174,35 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_a_straight_one(
     assert both[0] == both[1]
     assert [line["id"] for line in both[0]] == [f"q{n}" for n in range(10)]
     assert set(towers) == together  # and never other pictures in a pass: rounding depends on it
+
+
+def test_a_pictures_questions_share_its_prefill(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[tuple[int, int]] = []
+    real = engine_batch._hidden
+    monkeypatch.setattr(engine_batch, "_hidden", lambda m, c, e, *rest: widths.append(tuple(e.shape[:2])) or real(m, c, e, *rest))
+    data = write_data(tmp_path, items=12)  # four questions on each of three pictures
+    go(model, data, tmp_path / "out", mode="likelihood")
+    lines = read_predictions(tmp_path / "out")
+    assert len(widths) == 2  # what they begin with, and all the rest
+    assert sum(rows * width for rows, width in widths) < 0.3 * sum(line["prompt_tokens"] for line in lines)
+
+
+def test_the_time_left_goes_by_what_is_left_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(running.time, "monotonic", lambda: clock[0])
+    told: list[str] = []
+    done = {"a": {"correct": True}}
+    progress = running._Progress([[("a", 500.0), ("b", 300.0)], [("c", 50.0), ("d", 50.0)]], done, told.append)
+    clock[0] = 130.0
+    progress.step({"id": "b", "correct": False})
+    assert told == ["2/4  right so far 50.0%  0.033 items/s  ETA 0:10"]
+    clock[0] = 131.0
+    progress.step({"id": "c", "correct": True})
+    assert len(told) == 1  # at most one in three seconds
+    clock[0] = 132.0
+    progress.step({"id": "d", "correct": True})
+    assert told[-1].startswith("4/4  right so far 75.0%")
+    assert told[-1].endswith("ETA 0:00")
 
 
 @pytest.mark.parametrize("mode", ["strict", "likelihood"])

@@ -29,6 +29,9 @@ _LONGEST = Annotated[int, typer.Option(min=1, help="The longest answer, in token
 _TILES = Annotated[int | None, typer.Option(min=1, help="Tiles a picture (default: the model's, or what the run trained with).")]
 _DEVICE = Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda when there is one).")]
 _PRECISION = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")]
+_FEATURES = Annotated[
+    Path | None, typer.Option(help="A folder of pictures' features to read and to write (default: read where training left them).")
+]
 _LIMIT = Annotated[int | None, typer.Option(min=1, help="Only the first N items (of a suite: of each task).")]
 _FRESH = Annotated[bool, typer.Option("--fresh", help="Start over; an earlier evaluation is kept beside as NAME.old-1.")]
 _JSON = Annotated[bool, typer.Option("--json", help="One JSON document (the summary) on stdout.")]
@@ -90,6 +93,7 @@ def evaluate(
     max_tiles: _TILES = None,
     device: _DEVICE = None,
     precision: _PRECISION = "auto",
+    features: _FEATURES = None,
     limit: _LIMIT = None,
     fresh: _FRESH = False,
     json_: _JSON = False,
@@ -118,7 +122,7 @@ def evaluate(
     """Score a model on questions with choices: accuracy with its interval, per tag, every answer on file."""
     from intervale.cli import evaluate_suite as suites
 
-    local = suites.LocalOptions(max_tiles, device, precision)
+    local = suites.LocalOptions(max_tiles, device, precision, features)
     wanted = suites.SuiteOptions(tasks, langs, prompts, modes, rotate, baselines, fallback, seed, items, skip_bad, dry_run, prefix_as)
     server = suites.EndpointOptions(model_name, api_key_env, concurrency, retries, timeout, prices, extra)
     asked = Asked(model, data, out, prompt, mode, max_new_tokens, limit, fresh)
@@ -140,7 +144,7 @@ def _one(asked: Asked, local: LocalOptions, server: EndpointOptions, base_url: s
 
         job = plan(
             name, data, asked.out, prompt=asked.prompt, mode=asked.mode, max_new_tokens=asked.max_new_tokens, max_tiles=local.max_tiles,
-            device=local.device, precision=local.precision, limit=asked.limit,
+            device=local.device, precision=local.precision, limit=asked.limit, features=local.features,
         )  # fmt: skip
         summary = run(job, fresh=asked.fresh, tell=note)
     else:

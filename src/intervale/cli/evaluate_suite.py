@@ -26,6 +26,7 @@ class LocalOptions:
     max_tiles: int | None = None
     device: str | None = None
     precision: str = "auto"
+    features: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def run(asked: Asked, local: LocalOptions, options: SuiteOptions, server: Endpoi
 
         asker = local_asker(
             name, max_new_tokens=asked.max_new_tokens, max_tiles=local.max_tiles, device=local.device, precision=local.precision,
-            text=settings.text, letters=settings.letters,
+            text=settings.text, letters=settings.letters, features=local.features,
         )  # fmt: skip
     found = read_suite(data, tasks, settings.languages, only=options.items, limit=asked.limit, skip_bad=options.skip_bad)
     tell_terms(licence_of(found.parts[0].source), str(data))

@@ -246,10 +246,10 @@ def _logs(model: Model, nodes_ND: torch.Tensor, asked: Sequence[tuple[int, int]]
         return []
     nodes, places_Q = torch.tensor([node for node, _ in asked]).unique(return_inverse=True)
     tokens_Q = torch.tensor([token for _, token in asked])
-    values_Q = torch.empty(len(asked))
+    values_Q = torch.empty(len(asked), dtype=torch.float64)
     for begin in range(0, len(nodes), _SCORED_AT_ONCE):
         logits = model.network.lm_head(nodes_ND[nodes[begin : begin + _SCORED_AT_ONCE].to(nodes_ND.device)]).float()
         here = (places_Q >= begin) & (places_Q < begin + _SCORED_AT_ONCE)
         wanted = ((places_Q[here] - begin).to(logits.device), tokens_Q[here].to(logits.device))
-        values_Q[here] = torch.log_softmax(logits, -1)[wanted].cpu()
+        values_Q[here] = torch.log_softmax(logits, -1)[wanted].cpu().to(values_Q.dtype)
     return values_Q.tolist()

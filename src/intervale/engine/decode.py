@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from intervale.engine.api import RefusedError, Sampling
-from intervale.model.forward import embed, normalise, picture_features
+from intervale.model.forward import embed, normalise, picture_features, tower_features
 from intervale.model.load import Model
 
 _TILES_AT_ONCE = 8  # a tower pass over 8 tiles of 448 pixels keeps about 0.3 GiB alive in float32
@@ -38,6 +38,19 @@ def encode_tiles(model: Model, tiles_PHWC: np.ndarray) -> torch.Tensor:
     for chunk in torch.tensor(tiles_PHWC).split(_TILES_AT_ONCE):
         parts.append(picture_features(model.network, normalise(chunk.to(model.device), dtype)))
     return torch.cat(parts)
+
+
+@torch.inference_mode()
+def tower_tiles(model: Model, tiles_PHWC: np.ndarray) -> torch.Tensor:
+    """(tiles, tokens a tile, tower width x shuffle): what `projected` makes `encode_tiles` of, bit by bit."""
+    chunks = torch.tensor(tiles_PHWC).split(_TILES_AT_ONCE)
+    return torch.cat([tower_features(model.network, normalise(chunk.to(model.device), model.network.dtype)) for chunk in chunks])
+
+
+@torch.inference_mode()
+def projected(model: Model, tower: torch.Tensor) -> torch.Tensor:
+    """The features that the language model sees, of the tower's."""
+    return torch.cat([model.network.model.multi_modal_projector(part) for part in tower.split(_TILES_AT_ONCE)])
 
 
 def context_of(model: Model) -> int:

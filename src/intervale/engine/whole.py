@@ -11,7 +11,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +65,8 @@ class Ask:
 Answered = tuple[str, Whole | UpstreamRefusedError]
 
 
-def ask_all(server: Server, asks: Sequence[Ask]) -> Iterator[list[Answered]]:
-    """Every ask's answer, or how it was refused, as they come. Leaving the iterator closes the connections.
+def ask_all(server: Server, asks: Sequence[Ask]) -> Generator[list[Answered], None, None]:
+    """Every ask's answer, or how it was refused, as they come. Close the generator when you leave it: that closes the connections.
 
     Raises: EngineError when the server stays away, or answers what is no use to anybody (a wrong key, an unknown model).
     """

@@ -12,7 +12,8 @@ import functools
 import io
 import math
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from intervale.data.images import load_picture, picture_size
 from intervale.engine.api import ChatTurn, Photo, Request, Sampling, UpstreamRefusedError
 from intervale.engine.whole import Answered, Ask, Server, Whole, ask_all
 from intervale.evaluate.foodieqa import Asking
+from intervale.evaluate.suite import Answers, Tell
 
+Stream = Generator[list[Answered], None, None]
 TOP = 20  # likeliest tokens asked for: the most that OpenAI gives
 _UPRIGHT = 1
 _COMMON = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
@@ -130,7 +133,7 @@ class EndpointAsker:
         """In the money of `prices`."""
         return None if self.prices is None else (prompt_tokens * self.prices[0] + tokens * self.prices[1]) / 1e6
 
-    def answers(self, askings: Sequence[Asking], sizes: dict[Path, tuple[int, int]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
+    def answers(self, askings: Sequence[Asking], sizes: dict[Path, tuple[int, int]], done: set[str], out: Path, tell: Tell) -> Answers:
         """The answers of what is not in `done`. Raises: EngineError when the server cannot be used; UpstreamRefusedError when it refuses all."""
         left = {asking.key: asking for asking in askings if asking.key not in done}
         new = self.max_new_tokens if self.text else 1
@@ -138,7 +141,7 @@ class EndpointAsker:
             Ask(key, functools.partial(self._request, asking, new), TOP if self.letters else 0, self._forced(asking))
             for key, asking in left.items()
         ]
-        return self._lines(once_answered(ask_all(self.server, asks), bool(done)), left)
+        return Answers(self._lines(once_answered(ask_all(self.server, asks), bool(done)), left))
 
     def _forced(self, asking: Asking) -> dict[str, Any]:
         return CONTINUE if asking.record.reference() else {}
@@ -147,9 +150,10 @@ class EndpointAsker:
         record = asking.record
         return Request(turns_of(record.messages, record), Sampling(max_new_tokens=new))
 
-    def _lines(self, answered: Iterator[list[Answered]], askings: dict[str, Asking]) -> Iterator[list[dict[str, Any]]]:
-        for together in answered:
-            yield [self._line(key, told, askings[key]) for key, told in together]
+    def _lines(self, answered: Stream, askings: dict[str, Asking]) -> Generator[list[dict[str, Any]], None, None]:
+        with closing(answered):
+            for together in answered:
+                yield [self._line(key, told, askings[key]) for key, told in together]
 
     def _line(self, key: str, told: Whole | UpstreamRefusedError, asking: Asking) -> dict[str, Any]:
         line: dict[str, Any] = {"key": key, **line_of(told)}
@@ -176,21 +180,22 @@ def line_of(told: Whole | UpstreamRefusedError) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def once_answered(answered: Iterator[list[Answered]], before: bool) -> Iterator[list[Answered]]:
+def once_answered(answered: Stream, before: bool) -> Stream:
     """Pass answers on; hold refusals back until something was answered, so that a request nobody could answer is no score of 0%.
 
     Raises: the first refusal when `_HELD` came before any answer, or nothing but refusals came.
     """
     held: list[Answered] = []
     good = before
-    for together in answered:
-        good = good or any(isinstance(told, Whole) for _, told in together)
-        held += together
-        if good:
-            yield held
-            held = []
-        elif len(held) >= _HELD:
-            break
+    with closing(answered):
+        for together in answered:
+            good = good or any(isinstance(told, Whole) for _, told in together)
+            held += together
+            if good:
+                yield held
+                held = []
+            elif len(held) >= _HELD:
+                break
     refused = [told for _, told in held if isinstance(told, UpstreamRefusedError)]
     if refused:
         raise refused[0]

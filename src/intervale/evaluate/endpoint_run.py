@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,20 +122,21 @@ def _ask_rest(
     price = None if job.asker.prices is None else lambda prompt, new: job.asker.price(prompt, new) or 0.0
     progress = Progress(len(job.records), {record.id: 1.0 + len(record.images) for record in left.values()}, tell, price)
     try:
-        for together in once_answered(ask_all(job.asker.server, asks), bool(done)):
-            if state == "new":
-                begin(job.out, identity)
-                state = "resume"
-            lines = []
-            for name, told in together:
-                first = told.first if isinstance(told, Whole) else None
-                line = line_of(told)
-                append_prediction(job.out, _scored(job, left[name], line, first))
-                lines.append({"key": name, **line})
-                done.add(name)
-                if on_answer:
-                    on_answer()
-            progress.step(lines)
+        with closing(once_answered(ask_all(job.asker.server, asks), bool(done))) as answered:
+            for together in answered:
+                if state == "new":
+                    begin(job.out, identity)
+                    state = "resume"
+                lines = []
+                for name, told in together:
+                    first = told.first if isinstance(told, Whole) else None
+                    line = line_of(told)
+                    append_prediction(job.out, _scored(job, left[name], line, first))
+                    lines.append({"key": name, **line})
+                    done.add(name)
+                    if on_answer:
+                        on_answer()
+                progress.step(lines)
     except KeyboardInterrupt:
         tell(say(f"stopped after {len(done)} of {len(job.records)} items; the same command continues",
                  f"已停止：完成 {len(done)} / {len(job.records)} 条；再次运行同一命令即可继续"))  # fmt: skip

@@ -8,7 +8,7 @@ that was stopped half-way is asked again whole, and only what is missing is writ
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from intervale.core.runlog import versions
 from intervale.data.images import picture_size
 from intervale.data.tiling import Tiling
 from intervale.evaluate.ask import Protocol, ask, question_of, refuse_unscorable
-from intervale.evaluate.batches import batches_of
+from intervale.evaluate.batches import batches_of, work_of
 from intervale.evaluate.features import Features
 from intervale.evaluate.folder import (
     SUMMARY,
@@ -35,6 +35,7 @@ from intervale.evaluate.folder import (
     read_evaluation,
     read_predictions,
 )
+from intervale.evaluate.kept_features import FEATURES, begun_with, kept_features
 from intervale.evaluate.provenance import model_identity, scored_on_training_items
 from intervale.evaluate.statistics import wilson
 from intervale.model.load import Model, as_device, as_dtype, load_model, load_text_side, narrow, resolve_model
@@ -46,7 +47,8 @@ PROMPTS, MODES = ("open", "mcq"), ("strict", "likelihood", "official")
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked evaluation: what will be asked of which model, and where it goes. `tiles`: of each record's pictures."""
+    """A checked evaluation: what will be asked of which model, and where it goes. `tiles`: of each record's pictures; `features`: the
+    folder that pictures' features are read from and written to (None: read where training left them, written nowhere)."""
 
     name: str
     folder: Path
@@ -58,6 +60,7 @@ class Plan:
     device: str
     dtype: torch.dtype
     out: Path
+    features: Path | None = None
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two runs to be one: the content of protocol.json. Names and places may change."""
@@ -95,10 +98,11 @@ def plan(
     device: str | None = None,
     precision: str = "auto",
     limit: int | None = None,
+    features: Path | None = None,
 ) -> Plan:
     """Check everything that can be checked before the weights are read.
 
-    `limit` takes the first items only. Raises: UserError for data that cannot be scored, a picture that is not there, a wrong setting.
+    `limit` takes the first items only; `features` is that of `Plan`. Raises: UserError for data that cannot be scored, a picture that is not there, a wrong setting.
     """
     refuse_modes(prompt, mode)
     records = read_records(data)[:limit]
@@ -110,7 +114,7 @@ def plan(
     dtype = as_dtype(precision) if precision != "auto" else torch.bfloat16 if device.startswith("cuda") else torch.float32
     likely = mode == "likelihood"
     protocol = Protocol(prompt, mode, None if likely else max_new_tokens, tiling.max_tiles, "sum" if likely else None)
-    return Plan(model, resolve_model(model), data, tuple(records), tiles, protocol, tiling, device, dtype, out)
+    return Plan(model, resolve_model(model), data, tuple(records), tiles, protocol, tiling, device, dtype, out, features)
 
 
 def picture_sizes(records: Sequence[Record]) -> list[list[tuple[int, int]]]:
@@ -156,8 +160,9 @@ def _evaluate(job: Plan, fresh: bool, tell: Tell) -> dict[str, Any]:
 def _ask_rest(job: Plan, model: Model, identity: dict[str, Any], state: str, done: dict[str, dict[str, Any]], tell: Tell) -> None:
     """Ask every batch that is not all on file, and write the lines that are missing."""
     batches = batches_of([question_of(model, record, own, job.protocol) for record, own in zip(job.records, job.tiles, strict=True)])
-    features = Features(model, batches)
-    progress = _Progress(len(job.records), sum(line["correct"] for line in done.values()), len(done), tell)
+    kept = kept_features(model, job.records, job.features, begun_with(job.out, len(done)), tell)
+    features = Features(model, batches, kept, tell)
+    progress = _Progress([[(question.record.id, work_of(batch) / len(batch)) for question in batch] for batch in batches], done, tell)
     try:
         for number, batch in enumerate(batches):
             if all(question.record.id in done for question in batch):
@@ -166,10 +171,12 @@ def _ask_rest(job: Plan, model: Model, identity: dict[str, Any], state: str, don
             if state == "new":
                 begin(job.out, identity)  # only now: a model or picture that fails at once leaves no folder behind
                 state = "resume"
+            if kept is not None and not (job.out / FEATURES).exists():
+                write_json(job.out / FEATURES, kept.told())
             for line in lines:
                 if line["id"] not in done:
                     append_prediction(job.out, line)
-                    progress.step(line["correct"])
+                    progress.step(line)
     except KeyboardInterrupt:
         tell(say(f"stopped after {progress.done} of {len(job.records)} items; the same command continues",
                  f"已停止：完成 {progress.done} / {len(job.records)} 条；再次运行同一命令即可继续"))  # fmt: skip
@@ -177,25 +184,28 @@ def _ask_rest(job: Plan, model: Model, identity: dict[str, Any], state: str, don
 
 
 class _Progress:
-    """Lines on how far it is, at most one in `_EVERY` seconds."""
+    """Lines on how far it is, at most one in `_EVERY` seconds. The time left goes by positions to compute, not by items: the longest come first."""
 
-    def __init__(self, total: int, correct: int, done: int, tell: Tell) -> None:
-        self.total, self.correct, self.done, self._tell = total, correct, done, tell
+    def __init__(self, batches: Sequence[Sequence[tuple[str, float]]], done: Mapping[str, dict[str, Any]], tell: Tell) -> None:
+        self._work = {name: work for batch in batches for name, work in batch}
+        self.total, self.done, self.correct = len(self._work), len(done), sum(line["correct"] for line in done.values())
+        self._left = self._before = sum(work for name, work in self._work.items() if name not in done)
         self._began = self._told = time.monotonic()
-        self._before = done
+        self._fresh, self._tell = 0, tell
 
-    def step(self, correct: bool) -> None:
-        self.done += 1
-        self.correct += correct
+    def step(self, line: dict[str, Any]) -> None:
+        self.done, self._fresh = self.done + 1, self._fresh + 1
+        self.correct += line["correct"]
+        self._left -= self._work[line["id"]]
         now = time.monotonic()
         if now - self._told < _EVERY and self.done < self.total:
             return
         self._told = now
-        pace = (self.done - self._before) / max(now - self._began, 1e-9)
-        minutes, seconds = divmod(round((self.total - self.done) / pace), 60)
-        share = self.correct / self.done
-        self._tell(say(f"{self.done}/{self.total}  right so far {share:.1%}  {pace:.2g} items/s  ETA {minutes}:{seconds:02d}",
-                       f"{self.done}/{self.total}  目前正确率 {share:.1%}  {pace:.2g} 条/秒  剩余 {minutes}:{seconds:02d}"))  # fmt: skip
+        spent = max(now - self._began, 1e-9)
+        seconds = round(spent * max(self._left, 0) / max(self._before - self._left, 1e-9))
+        left, pace, share = f"{seconds // 60}:{seconds % 60:02d}", self._fresh / spent, self.correct / self.done
+        self._tell(say(f"{self.done}/{self.total}  right so far {share:.1%}  {pace:.2g} items/s  ETA {left}",
+                       f"{self.done}/{self.total}  目前正确率 {share:.1%}  {pace:.2g} 条/秒  剩余 {left}"))  # fmt: skip
 
 
 def score(lines: Sequence[dict[str, Any]], parsed: str = "parsed") -> dict[str, Any]:
@@ -240,6 +250,7 @@ def _about(job: Plan, identity: dict[str, Any]) -> dict[str, Any]:
         "protocol": identity["protocol"],
         "model": {"name": job.name, "folder": str(job.folder.resolve()), **identity["model"], "device": job.device},
         "data": {"file": str(job.data.resolve()), **identity["data"]},
+        "features_read": len(begun_with(job.out, len(job.records)) or ()),
         "scored_on_training_items": seen,
         "scored_on_training_items_reason": why,
         "versions": versions(),

@@ -7,13 +7,14 @@ combination is a finished evaluation of its own, for `compare`. Cost: an asking 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from intervale.core.errors import UserError, nearest
-from intervale.core.files import inside, locked
+from intervale.core.files import inside, locked, write_json
 from intervale.core.lang import say
 from intervale.core.records import Record, data_digest
 from intervale.evaluate.foodieqa import (
@@ -65,6 +66,14 @@ class Settings:
         return "likelihood" in self.modes
 
 
+@dataclass(frozen=True)
+class Answers:
+    """Answers as they come together, `key` first, and files of the asker's own that belong into the folder from the first answer on."""
+
+    stream: Generator[list[dict[str, Any]], None, None]
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
 class Asker(Protocol):
     """Whoever answers: a model in this process, or an endpoint."""
 
@@ -88,8 +97,8 @@ class Asker(Protocol):
         """Tiles of a picture; None where that is not known."""
         ...
 
-    def answers(self, askings: Sequence[Asking], sizes: dict[Path, tuple[int, int]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
-        """Answers for all that is not in `done` (and perhaps for some that are), `key` first, as they come together. Ready when it returns."""
+    def answers(self, askings: Sequence[Asking], sizes: dict[Path, tuple[int, int]], done: set[str], out: Path, tell: Tell) -> Answers:
+        """Answers for all that is not in `done` (and perhaps for some that are); ready to answer when it returns. `out` is only read."""
         ...
 
     def price(self, prompt_tokens: int, tokens: int) -> float | None:
@@ -253,21 +262,25 @@ def _ask_rest(
 ) -> None:  # fmt: skip
     wanted = {asking.key for asking in askings}
     try:
-        answers = asker.answers(askings, data.sizes, set(done))
+        answers = asker.answers(askings, data.sizes, set(done), out, tell)
         left = {asking.key: _work(asking, data, asker) for asking in askings if asking.key not in done}
         progress = Progress(len(askings), left, tell, None if asker.price(1, 1) is None else lambda p, n: asker.price(p, n) or 0.0)
-        for together in answers:
-            if state == "new":
-                begin_suite(out, identity)  # only now: a model that fails at once leaves no folder behind
-                state = "resume"
-            new = [answer for answer in together if answer["key"] not in done]
-            for answer in new:
-                assert answer["key"] in wanted
-                append_answer(out, answer)
-                done.add(answer["key"])
-                if on_answer:
-                    on_answer()
-            progress.step(new)
+        with closing(answers.stream):
+            for together in answers.stream:
+                if state == "new":
+                    begin_suite(out, identity)  # only now: a model that fails at once leaves no folder behind
+                    state = "resume"
+                for name, content in answers.files.items():
+                    if not (out / name).exists():
+                        write_json(out / name, content)
+                new = [answer for answer in together if answer["key"] not in done]
+                for answer in new:
+                    assert answer["key"] in wanted
+                    append_answer(out, answer)
+                    done.add(answer["key"])
+                    if on_answer:
+                        on_answer()
+                progress.step(new)
     except KeyboardInterrupt:
         tell(say(f"stopped after {len(done)} of {len(askings)} askings; the same command continues",
                  f"已停止：完成 {len(done)} / {len(askings)} 次提问；再次运行同一命令即可继续"))  # fmt: skip

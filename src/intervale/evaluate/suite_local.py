@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from intervale.evaluate.ask import outline_of
 from intervale.evaluate.batches import Question, batches_of, rows_of
 from intervale.evaluate.features import Features
 from intervale.evaluate.foodieqa import Asking
+from intervale.evaluate.kept_features import FEATURES, begun_with, kept_features
 from intervale.evaluate.provenance import model_identity, scored_on_training_items
+from intervale.evaluate.suite import Answers, Tell
 from intervale.model.load import Model, as_device, as_dtype, load_model, load_text_side, narrow, resolve_model
 
 _FIX = "lower the tiles a picture with --max-tiles"
@@ -59,7 +61,7 @@ def letter_ids(prefix: str, count: int, tokenizer: Tokenizer) -> list[list[int]]
 
 @dataclass(frozen=True)
 class LocalAsker:
-    """A model in this process. `text` and `letters`: which ways of answering are wanted."""
+    """A model in this process. `text` and `letters`: which ways of answering are wanted; `features` as in `run.Plan`."""
 
     name: str
     folder: Path
@@ -69,6 +71,7 @@ class LocalAsker:
     max_new_tokens: int
     text: bool
     letters: bool
+    features: Path | None = None
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two runs to be one."""
@@ -91,19 +94,24 @@ class LocalAsker:
         """Into how many tiles a picture of (width, height) is cut."""
         return self.tiling.tiles_of(*size)
 
-    def answers(self, askings: Sequence[Asking], sizes: dict[Path, tuple[int, int]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
+    def answers(self, askings: Sequence[Asking], sizes: dict[Path, tuple[int, int]], done: set[str], out: Path, tell: Tell) -> Answers:
         """The answers of every batch that is not all in `done`. Raises: UserError naming what cannot be asked."""
         model = load_model(self.folder, dtype=self.dtype, device=self.device, max_tiles=self.tiling.max_tiles)
         by_record = {id(asking.record): asking for asking in askings}
         batches = batches_of([self._question(model, asking, sizes) for asking in askings])
         own = [[by_record[id(question.record)] for question in batch] for batch in batches]
-        return self._batches(model, Features(model, batches), own, done)
+        kept = kept_features(model, [asking.record for asking in askings], self.features, begun_with(out, len(done)), tell)
+        return Answers(
+            self._batches(model, Features(model, batches, kept, tell), own, done), {} if kept is None else {FEATURES: kept.told()}
+        )
 
     def price(self, prompt_tokens: int, tokens: int) -> float | None:
         """Nobody sends a bill."""
         return None
 
-    def _batches(self, model: Model, features: Features, batches: list[list[Asking]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
+    def _batches(
+        self, model: Model, features: Features, batches: list[list[Asking]], done: set[str]
+    ) -> Generator[list[dict[str, Any]], None, None]:
         for number, own in enumerate(batches):
             if not all(asking.key in done for asking in own):
                 yield self._ask(model, features, number, own)
@@ -172,10 +180,18 @@ def _told(model: Model, ids: list[int]) -> dict[str, Any]:
 
 
 def local_asker(
-    model: str, *, max_new_tokens: int, max_tiles: int | None, device: str | None, precision: str, text: bool, letters: bool
+    model: str,
+    *,
+    max_new_tokens: int,
+    max_tiles: int | None,
+    device: str | None,
+    precision: str,
+    text: bool,
+    letters: bool,
+    features: Path | None = None,
 ) -> LocalAsker:
     """The asker of MODEL, its weights not read yet. Raises: UserError for a model that is not there or a wrong setting."""
     tiling = narrow(load_text_side(model).tiling, None, max_tiles)
     device = str(as_device(device))
     dtype = as_dtype(precision) if precision != "auto" else torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return LocalAsker(model, resolve_model(model), tiling, device, dtype, max_new_tokens, text, letters)
+    return LocalAsker(model, resolve_model(model), tiling, device, dtype, max_new_tokens, text, letters, features)
