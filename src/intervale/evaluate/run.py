@@ -35,7 +35,9 @@ from intervale.evaluate.folder import (
     read_evaluation,
     read_predictions,
 )
-from intervale.evaluate.provenance import model_identity, scored_on_training_items
+from intervale.evaluate.identity import picture_keys, pictures_digest, refuse_changed
+from intervale.evaluate.provenance import hashes, model_identity, seen_in_training, training_seed
+from intervale.evaluate.seen import in_words
 from intervale.evaluate.statistics import wilson
 from intervale.model.load import Model, as_device, as_dtype, load_model, load_text_side, narrow, resolve_model
 
@@ -58,6 +60,7 @@ class Plan:
     device: str
     dtype: torch.dtype
     out: Path
+    pictures: tuple[tuple[str, ...], ...]  # digests of each record's
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two runs to be one: the content of protocol.json. Names and places may change."""
@@ -68,7 +71,7 @@ class Plan:
                 "min_tiles": self.tiling.min_tiles,
                 "precision": str(self.dtype).removeprefix("torch."),
             },
-            "data": {"items": len(self.records), "digest": data_digest(self.records)},
+            "data": {"items": len(self.records), "digest": data_digest(self.records), "pictures": pictures_digest(self.pictures)},
         }
 
 
@@ -109,7 +112,7 @@ def plan(
     dtype = as_dtype(precision) if precision != "auto" else torch.bfloat16 if device.startswith("cuda") else torch.float32
     likely = mode == "likelihood"
     protocol = Protocol(prompt, mode, None if likely else max_new_tokens, tiling.max_tiles, "sum" if likely else None)
-    return Plan(model, resolve_model(model), data, tuple(records), tiles, protocol, tiling, device, dtype, out)
+    return Plan(model, resolve_model(model), data, tuple(records), tiles, protocol, tiling, device, dtype, out, picture_keys(records))
 
 
 def _picture_sizes(records: Sequence[Record]) -> list[list[tuple[int, int]]]:
@@ -145,15 +148,17 @@ def _evaluate(job: Plan, fresh: bool, tell: Tell) -> dict[str, Any]:
     if len(done) < len(job.records):
         model = load_model(job.folder, dtype=job.dtype, device=job.device, max_tiles=job.protocol.max_tiles)
         _ask_rest(job, model, identity, state, done, tell)
+    refuse_changed(job.records, job.pictures)
     # Read back, so that a straight run and a continued one sum up the very same numbers.
     lines = in_order(job.out, [record.id for record in job.records])
-    summary = summarise(lines) | _about(job, identity)
+    summary = summarise(lines) | _about(job, identity, tell)
     write_json(job.out / SUMMARY, summary)
     return summary
 
 
 def _ask_rest(job: Plan, model: Model, identity: dict[str, Any], state: str, done: dict[str, dict[str, Any]], tell: Tell) -> None:
     """Ask every batch that is not all on file, and write the lines that are missing."""
+    keys = {record.id: list(own) for record, own in zip(job.records, job.pictures, strict=True)}
     batches = batches_of([question_of(model, record, own, job.protocol) for record, own in zip(job.records, job.tiles, strict=True)])
     features = Features(model, batches)
     progress = _Progress(len(job.records), sum(line["correct"] for line in done.values()), len(done), tell)
@@ -167,7 +172,7 @@ def _ask_rest(job: Plan, model: Model, identity: dict[str, Any], state: str, don
                 state = "resume"
             for line in lines:
                 if line["id"] not in done:
-                    append_prediction(job.out, line)
+                    append_prediction(job.out, line | {"pictures": keys[line["id"]]})
                     progress.step(line["correct"])
     except KeyboardInterrupt:
         tell(say(f"stopped after {progress.done} of {len(job.records)} items; the same command continues",
@@ -232,14 +237,17 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _about(job: Plan, identity: dict[str, Any]) -> dict[str, Any]:
+def _about(job: Plan, identity: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """What was scored, on what, with what."""
-    seen, why = scored_on_training_items(job.folder, job.data, job.records)
+    seen = seen_in_training(job.folder, job.data, job.records, tell)
     return {
         "protocol": identity["protocol"],
         "model": {"name": job.name, "folder": str(job.folder.resolve()), **identity["model"], "device": job.device},
         "data": {"file": str(job.data.resolve()), **identity["data"]},
-        "scored_on_training_items": seen,
-        "scored_on_training_items_reason": why,
+        "hashes": hashes(job.folder, identity["data"]),
+        "seeds": {"training": training_seed(job.folder), "evaluation": None},  # nothing is drawn at random
+        "scored_on_training_items": seen["verdict"],
+        "scored_on_training_items_reason": in_words(seen, len(job.records)),
+        "seen": seen,
         "versions": versions(),
     }
