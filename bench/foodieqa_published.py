@@ -6,7 +6,12 @@ python bench/foodieqa_published.py
 from intervale.evaluate.published import column, published
 from intervale.evaluate.statistics import above_chance, detectable, mcnemar_bounds, wilson
 
-PAIRS = (("sivqa zh", "GPT-4o", "GPT-4V"), ("mivqa zh", "GPT-4o", "GPT-4V"), ("sivqa en", "Idefics2-8B", "Yi-VL-34B"), ("textqa zh", "Qwen2-7B-Instruct", "GPT-4"))
+PAIRS = (
+    ("sivqa zh", "GPT-4o", "GPT-4V"),
+    ("mivqa zh", "GPT-4o", "GPT-4V"),
+    ("sivqa en", "Idefics2-8B", "Yi-VL-34B"),
+    ("textqa zh", "Qwen2-7B-Instruct", "GPT-4"),
+)
 CHANCE = 0.25  # four options everywhere
 
 
@@ -23,7 +28,9 @@ def intervals() -> list[str]:
                 continue
             low, high = row["interval"]
             chance = plain(above_chance(row["correct"], row["n"], CHANCE))
-            lines.append(f"| {name} | {row['who']} | {row['correct']}/{row['n']} | {row['percent']:.2f}% | {low:.1%} – {high:.1%} | {chance} |")
+            lines.append(
+                f"| {name} | {row['who']} | {row['correct']}/{row['n']} | {row['percent']:.2f}% | {low:.1%} – {high:.1%} | {chance} |"
+            )
     return lines
 
 
@@ -42,7 +49,9 @@ def power() -> list[str]:
     for n in (40, 100, *sorted(published()["items"].values())):
         low, high = wilson(round(n / 2), n)
         found = [detectable(n, changed) for changed in (0.16, 0.30)]
-        lines.append(f"| {n} | {low:.1%} – {high:.1%} | " + " | ".join("–" if net is None else f"{100 * net:.1f} points" for net in found) + " |")
+        lines.append(
+            f"| {n} | {low:.1%} – {high:.1%} | " + " | ".join("–" if net is None else f"{100 * net:.1f} points" for net in found) + " |"
+        )
     return lines
 
 

@@ -6,9 +6,9 @@ import itertools
 from pathlib import Path
 
 import pytest
-from conftest import SHARED
 from PIL import Image, ImageDraw
 
+from conftest import SHARED
 from intervale.core.records import Message, Record
 from intervale.data.images import load_picture
 from intervale.evaluate.contamination import alike, contamination, look_of
@@ -110,7 +110,7 @@ def test_real_photographs_are_found_again_and_never_taken_for_each_other(tmp_pat
         load_picture(path).resize((256, 192)).save(tmp_path / f"{number}.jpg", quality=40)
         small.append(look_of(load_picture(tmp_path / f"{number}.jpg")))
     assert all(looks)
-    assert [near for near in alike(rough, looks)] == [[n] for n in range(len(looks))]  # type: ignore[arg-type]
-    assert [near for near in alike(small, looks)] == [[n] for n in range(len(looks))]  # type: ignore[arg-type]
+    assert alike(rough, looks) == [[n] for n in range(len(looks))]  # type: ignore[arg-type]
+    assert alike(small, looks) == [[n] for n in range(len(looks))]  # type: ignore[arg-type]
     for one, other in itertools.combinations(looks, 2):
         assert alike([one], [other]) == [[]]  # type: ignore[list-item]

@@ -58,7 +58,7 @@ def look_of(picture: Image.Image) -> Look | None:
 def _looks(paths: Sequence[Path]) -> tuple[dict[Path, Look], int]:
     """(the look of every picture that has one, how many could not be decoded)."""
 
-    def one(path: Path) -> Look | None | UserError:
+    def one(path: Path) -> Look | UserError | None:
         try:
             return look_of(load_picture(path, rough=_ROUGH))
         except UserError as error:
@@ -66,7 +66,9 @@ def _looks(paths: Sequence[Path]) -> tuple[dict[Path, Look], int]:
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = dict(zip(paths, pool.map(one, paths), strict=True))
-    return {path: look for path, look in found.items() if isinstance(look, Look)}, sum(isinstance(look, UserError) for look in found.values())
+    return {path: look for path, look in found.items() if isinstance(look, Look)}, sum(
+        isinstance(look, UserError) for look in found.values()
+    )
 
 
 def alike(looks: Sequence[Look], others: Sequence[Look]) -> list[list[int]]:

@@ -35,6 +35,7 @@ from intervale.evaluate.folder import (
     read_evaluation,
     read_predictions,
 )
+from intervale.evaluate.free import HEADLINE, free_numbers
 from intervale.evaluate.identity import picture_keys, pictures_digest, refuse_changed
 from intervale.evaluate.provenance import hashes, model_identity, seen_in_training, training_seed
 from intervale.evaluate.seen import in_words
@@ -104,14 +105,15 @@ def plan(
     """
     _refuse_modes(prompt, mode)
     records = read_records(data)[:limit]
-    refuse_unscorable(records, str(data), prompt)
+    free = refuse_unscorable(records, str(data), prompt, mode)
     sizes = _picture_sizes(records)
     tiling = narrow(load_text_side(model).tiling, None, max_tiles)
     tiles = tuple(tuple(tiling.tiles_of(*size) for size in own) for own in sizes)
     device = str(as_device(device))
     dtype = as_dtype(precision) if precision != "auto" else torch.bfloat16 if device.startswith("cuda") else torch.float32
     likely = mode == "likelihood"
-    protocol = Protocol(prompt, mode, None if likely else max_new_tokens, tiling.max_tiles, "sum" if likely else None)
+    headline = "sum" if likely else HEADLINE if free else None
+    protocol = Protocol(prompt, mode, None if likely else max_new_tokens, tiling.max_tiles, headline)
     return Plan(model, resolve_model(model), data, tuple(records), tiles, protocol, tiling, device, dtype, out, picture_keys(records))
 
 
@@ -203,8 +205,8 @@ class _Progress:
 
 
 def score(lines: Sequence[dict[str, Any]], parsed: str = "parsed") -> dict[str, Any]:
-    """{n, correct, accuracy, interval} of predictions, by their `parsed` (or `parsed_mean`) choice."""
-    correct = sum(line[parsed] == line["answer"] for line in lines)
+    """{n, correct, accuracy, interval} of predictions, by their `parsed` (or `parsed_mean`) choice; open answers have their own verdict."""
+    correct = sum(line[parsed] == line["answer"] if line["choices"] else line["correct"] for line in lines)
     return {"n": len(lines), "correct": correct, "accuracy": correct / len(lines), "interval": list(wilson(correct, len(lines)))}
 
 
@@ -222,6 +224,9 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     most = max(len(line["choices"]) for line in lines)
     likely = lines[0]["mode"] == "likelihood"
     found: dict[str, Any] = {"kind": "intervale evaluation", **score(lines)}
+    spent = {"tokens": sum(line["tokens"] for line in lines), "seconds": round(sum(line["seconds"] for line in lines), 2)}
+    if not most:
+        return found | free_numbers(lines) | {"chance": None, "tags": per_tag(lines), **spent}
     if likely:
         found |= {"headline": "sum", "accuracies": {"sum": score(lines), "mean": score(lines, "parsed_mean")}}
         found |= {"unparsed": 0, "ties": sum(line["parsed"] is None for line in lines)}
@@ -232,8 +237,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tags": per_tag(lines),
         "predicted_positions": positions([line["parsed"] for line in lines], most),
         "right_positions": positions([line["answer"] for line in lines], most),
-        "tokens": sum(line["tokens"] for line in lines),
-        "seconds": round(sum(line["seconds"] for line in lines), 2),
+        **spent,
     }
 
 

@@ -20,11 +20,21 @@ def _items_found(file: dict[str, Any], n: int) -> str:
 
 def _none_found(files: list[dict[str, Any]], n: int) -> str:
     looks = all(file.get("looks", True) for file in files)
-    told = say("no item is one of the model's training items (questions, and pictures by bytes", "没有一条是该模型的训练数据（比较了问题和图片：逐字节")
-    told += say(" and look, compared)", "和外观）") if looks else say(" compared; too many pictures to compare their look)", "；图片太多，未比较外观）")
+    told = say(
+        "no item is one of the model's training items (questions, and pictures by bytes",
+        "没有一条是该模型的训练数据（比较了问题和图片：逐字节",
+    )
+    told += (
+        say(" and look, compared)", "和外观）")
+        if looks
+        else say(" compared; too many pictures to compare their look)", "；图片太多，未比较外观）")
+    )
     pictures = max((file.get("picture", 0) for file in files), default=0)
     if pictures:
-        told += say(f"; {pictures} of {n} ask something else about a picture it was trained on", f"；{n} 条中有 {pictures} 条问的是训练图片的其他问题")
+        told += say(
+            f"; {pictures} of {n} ask something else about a picture it was trained on",
+            f"；{n} 条中有 {pictures} 条问的是训练图片的其他问题",
+        )
     lost = sum(file.get("unreadable", 0) for file in files)
     if lost:
         told += say(f"; {lost} pictures could not be read to compare them", f"；有 {lost} 张图片无法读取，未能比较")
