@@ -24,7 +24,10 @@ def test_the_error_is_the_weighted_gap_of_the_bins_by_hand() -> None:
     found = calibration(lines)
     assert found is not None
     assert found["ece"] == pytest.approx(0.33)
-    assert [(own["low"], own["n"], round(own["confidence"], 6), own["accuracy"]) for own in found["bins"]] == [(0.6, 4, 0.65, 0.5), (0.9, 6, 0.95, 0.5)]
+    assert [(own["low"], own["n"], round(own["confidence"], 6), own["accuracy"]) for own in found["bins"]] == [
+        (0.6, 4, 0.65, 0.5),
+        (0.9, 6, 0.95, 0.5),
+    ]
     assert (found["confidence"], found["accuracy"]) == (pytest.approx(0.83), 0.5)
 
 

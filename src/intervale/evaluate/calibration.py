@@ -46,5 +46,5 @@ def calibration(lines: Sequence[dict[str, Any]], bins: int = BINS) -> dict[str, 
         low, high = float(edges[place]), float(edges[place + 1])
         own = {"low": round(low, 6), "high": round(high, 6), "n": n, "confidence": float(confidence[place]), "accuracy": share}
         found.append({**own, "interval": list(wilson(round(share * n), n))})
-    error = sum(own["n"] * abs(own["confidence"] - own["accuracy"]) for own in found) / len(lines)
+    error = sum(counts[place] * abs(confidence[place] - accuracy[place]) for place in np.flatnonzero(counts)) / len(lines)
     return {"n": len(lines), "ece": float(error), "confidence": float(sure.mean()), "accuracy": float(right.mean()), "bins": found}

@@ -49,8 +49,8 @@ def _refuse_different(before: Path, after: Path, protocols: tuple[Any, Any], lin
     faults += [f"item {name!r}: {told}" for name, told in changed[:_SHOWN]]
     if len(changed) > _SHOWN:
         faults.append(f"... and {len(changed) - _SHOWN} more differences between items")
-    if other := [name for name, old, new in both if old.get("pictures") != new.get("pictures")]:
-        faults.append(f"the pictures of {len(other)} items are not the same files' content: {_named(other)}")
+    if repainted := [name for name, old, new in both if old.get("pictures") != new.get("pictures")]:
+        faults.append(f"the pictures of {len(repainted)} items are not the same: {_named(repainted)}")
     if faults:
         raise UserError(
             f"{before} and {after} cannot be compared; what differs:\n       " + "\n       ".join(faults),

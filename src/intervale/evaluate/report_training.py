@@ -14,6 +14,12 @@ from intervale.core.lang import say
 
 _WIDE = 5  # a fall by more than this is drawn on a logarithmic axis, or its end could not be read (as in the run's loss.png)
 _MOST_TICKS = 6
+_TARGETS = {
+    "llm": ("language model", "语言模型"),
+    "llm+head": ("language model and its head", "语言模型和输出层"),
+    "vision": ("vision tower", "视觉编码器"),
+    "llm+vision": ("language model and vision tower", "语言模型和视觉编码器"),
+}
 # The plot's share of the picture's height: above it room for the highest label, below it for the steps.
 _TOP, _BOTTOM = 5.0, 88.0
 Scale = Callable[[float], float]
@@ -148,7 +154,8 @@ def _facts(card: dict[str, Any]) -> list[tuple[str, str, str]]:
         rank, alpha, dropout, targets = (lora.get(name, "?") for name in ("rank", "alpha", "dropout", "targets"))
         alpha = str(alpha).removesuffix(".0")
         size = say(f"rank {rank}, alpha {alpha}", f"秩 {rank}，alpha {alpha}")
-        rows.append(("LoRA", size, say(f"on {targets}, dropout {dropout}", f"作用于 {targets}，dropout {dropout}")))
+        on = say(*_TARGETS[targets]) if targets in _TARGETS else str(targets)
+        rows.append(("LoRA", size, say(f"on the {on}, dropout {dropout}", f"作用于{on}，随机失活 {dropout}")))
     if card["items"]:
         held = card["held_out_items"]
         told = say(f"and {held:,} held out", f"另留出 {held:,} 条") if held else say("none held out", "未留出")
