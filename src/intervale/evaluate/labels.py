@@ -108,7 +108,7 @@ def protocol_words(protocol: dict[str, Any]) -> str:
     parts = [prompt_name(protocol["prompt"]), mode_name(protocol)]
     known = {
         "max_new_tokens": lambda n: say(f"at most {n} new tokens", f"最多生成 {n} 个 token"),
-        "max_tiles": lambda n: say(f"at most {n} tiles a picture", f"每张图最多 {n} 个切片"),
+        "max_tiles": lambda n: say(f"at most {n} tile{'' if n == 1 else 's'} a picture", f"每张图最多 {n} 个切片"),
         "headline": lambda name: {
             "sum": say("a choice's log-probabilities added up", "选项各 token 对数概率之和"),
             "contained": say("right: the reference is contained", "包含参考答案即为正确"),

@@ -42,7 +42,7 @@ def _plot(side: str, told: dict[str, Any]) -> str:
     return (
         f"<figure><figcaption>{name}<b>ECE {100 * told['ece']:.1f}%</b></figcaption>"
         f'<svg viewBox="-13 -3 118 112" role="img" aria-label="{escape(label)}"><rect width="100" height="100" fill="#fff" stroke="#c9d2dc" stroke-width=".5"/>{grid}'
-        f'<path d="M0 100L100 0" stroke="#5d6b7c" stroke-dasharray="2 2" stroke-width=".6"/><path d="{line}" fill="none" stroke="{colour}" stroke-width=".9"/>{dots}{ticks}</svg>'
+        f'<path d="M0 100L100 0" stroke="#5d6b7c" stroke-dasharray="2 2" stroke-width=".6"/><path d="{line}" fill="none" stroke="{colour}" stroke-opacity=".45" stroke-width=".8"/>{dots}{ticks}</svg>'
         f"<p>{_words(told)}</p></figure>"
     )
 

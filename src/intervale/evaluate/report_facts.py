@@ -25,7 +25,7 @@ def _hash(side: dict[str, Any], name: str) -> str:
 def _adapter(side: dict[str, Any]) -> str:
     model = side["model"]
     own = (side.get("hashes") or {}).get("adapter") or model.get("checkpoint_fingerprint")
-    return f"{model['checkpoint']} ({own})" if model.get("checkpoint") else str(own or _NONE)
+    return " ".join([*([model["checkpoint"]] if model.get("checkpoint") else []), *([f"({own})"] if own else [])]) or _NONE
 
 
 def _pictures(side: dict[str, Any]) -> str:

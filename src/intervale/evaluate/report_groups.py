@@ -12,6 +12,7 @@ from intervale.core.lang import say
 from intervale.evaluate.labels import tag_name, value_name
 
 BEFORE, AFTER = "#b4bfcd", "#4aa899"
+_WIDE = 0.2  # a difference that a reader would call large; the sentence below names it
 
 
 def _bar(top: float, height: float, score: dict[str, Any], colour: str) -> str:
@@ -50,18 +51,25 @@ def _row(tag: str, value: str, group: dict[str, Any]) -> str:
 def _reading(found: dict[str, Any]) -> str:
     """What may be concluded from so many groups, in words."""
     family, stands = found["holm"]["family"], found["holm"]["found"]
-    told = say(
-        f"{stands} of {family} groups changed by more than chance explains, marked * (exact McNemar test, Holm's correction for looking at {family} groups, p < 0.05).",
-        f"{family} 组中有 {stands} 组的变化超出偶然，以 * 标出（McNemar 精确检验，对同时查看 {family} 组作 Holm 校正，p < 0.05）。",
+    how = say(
+        f"exact McNemar test, Holm's correction for looking at {family} groups, p < 0.05",
+        f"McNemar 精确检验，对同时查看 {family} 组作 Holm 校正，p < 0.05",
     )
-    few = [
+    if stands:
+        told = say(
+            f"{stands} of {family} groups changed by more than chance explains, marked * ({how}).",
+            f"{family} 组中有 {stands} 组的变化超出偶然，以 * 标出（{how}）。",
+        )
+    else:
+        told = say(f"No group changed by more than chance explains ({how}).", f"没有一组的变化超出偶然（{how}）。")
+    small = [
         group for tag in found["holm"]["tags"] for group in found["tags"][tag].values()
-        if group["p_holm"] >= 0.05 and (group["detectable"] is None or group["detectable"] > 0.2)
+        if group["p_holm"] >= 0.05 and (group["detectable"] is None or group["detectable"] > _WIDE)
     ]  # fmt: skip
-    if few:
+    if small:
         told += say(
-            f" {len(few)} of the others have so few items that even a difference of 20 points would often stay hidden: no mark is not a proof of no change.",
-            f"其余各组中有 {len(few)} 组题目太少，即使相差 20 个百分点也常常看不出来：没有标记不等于没有变化。",
+            f" {len(small)} of the groups without a mark are so small that even a difference of 20 points would often stay hidden: there, no mark proves nothing.",
+            f"未标出的组中有 {len(small)} 组题目太少，即使相差 20 个百分点也常常看不出来：没有标记不等于没有变化。",
         )
     return told
 

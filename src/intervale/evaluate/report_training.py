@@ -152,7 +152,7 @@ def _facts(card: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     if lora:
         rank, alpha, dropout, targets = (lora.get(name, "?") for name in ("rank", "alpha", "dropout", "targets"))
-        alpha = str(alpha).removesuffix(".0")
+        alpha, dropout = (str(value).removesuffix(".0") for value in (alpha, dropout))
         size = say(f"rank {rank}, alpha {alpha}", f"秩 {rank}，alpha {alpha}")
         on = say(*_TARGETS[targets]) if targets in _TARGETS else str(targets)
         rows.append(("LoRA", size, say(f"on the {on}, dropout {dropout}", f"作用于{on}，随机失活 {dropout}")))
