@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.html and report.json (default: compare-BEFORE-AFTER beside AFTER).")
     ] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Also write README.md, the model card, into AFTER's folder (one that `export` wrote).")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Pair two evaluations: fixed, broken, exact McNemar test, the difference with its interval, and a report to show."""
@@ -29,6 +32,7 @@ def compare(
     first, second = Path(os.path.abspath(before)), Path(os.path.abspath(after))
     folder = out or second.parent / f"compare-{first.name}-{second.name}"
     write_report(found, folder)
+    written = _card(found) if card else None
     if json_:
         emit_json(found)
         return
@@ -42,4 +46,12 @@ def compare(
     if found["scored_on_training_items"]:
         result(say("SCORED ON TRAINING ITEMS: this shows that training worked, not how good the model is",
                    "在训练数据上评分：这只说明训练有效，不代表模型水平"))  # fmt: skip
+    if written:
+        result(say(f"model card: {written}", f"模型卡：{written}"))
     result(say(f"report: {folder / REPORT_HTML}", f"报告：{folder / REPORT_HTML}"))
+
+
+def _card(found: dict[str, Any]) -> Path:
+    from intervale.evaluate.model_card import write_card
+
+    return write_card(Path(found["after"]["model"]["folder"]), [found])

@@ -18,6 +18,7 @@ from intervale.evaluate.calibration import calibration
 from intervale.evaluate.folder import read_evaluation
 from intervale.evaluate.free import GRADED
 from intervale.evaluate.groups import by_tag
+from intervale.evaluate.model_card import note_report
 from intervale.evaluate.published import beside
 from intervale.evaluate.report import report_html
 from intervale.evaluate.statistics import (
@@ -210,6 +211,7 @@ def write_report(found: dict[str, Any], out: Path, extra: dict[str, Any] | None 
         one, other = (_weights(told[side]["model"]) for told in (found, extra or {}))
         assert one == other, f"`extra` compares other models ({side}: {other}, not {one})"
     write_json(out / REPORT_JSON, found if extra is None else found | {"also": extra})
+    note_report(found, out / REPORT_JSON)
     write_atomic(out / REPORT_HTML, report_html(found, extra))
 
 
