@@ -56,7 +56,18 @@ def test_the_card_holds_the_reports_numbers_and_a_hub_can_read_them(exported: Pa
     assert (result.metric_type, result.metric_value, result.dataset_name) == ("accuracy", 0.875, "set/eval.jsonl")
     assert told.data.pipeline_tag == "image-text-to-text"
     text = card.read_text()
-    for part in ("| 40 | 25.0% [", "| 87.5% [", "+62.5 [", "25 / 0", "seed: 42", "rank 64", "5340", "`" + "c" * 16 + "`", "intervale chat tuned", r"+62.5 \*"):
+    for part in (
+        "| 40 | 25.0% [",
+        "| 87.5% [",
+        "+62.5 [",
+        "25 / 0",
+        "seed: 42",
+        "rank 64",
+        "5340",
+        "`" + "c" * 16 + "`",
+        "intervale chat tuned",
+        r"+62.5 \*",
+    ):
         assert part in text, part
     assert yaml.safe_load(text.split("---")[1])["model-index"][0]["name"] == "tuned"
 
