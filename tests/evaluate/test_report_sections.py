@@ -195,6 +195,25 @@ def test_a_score_obtained_otherwise_says_how(tmp_path: Path) -> None:
         assert part in told
 
 
+def test_the_suites_own_protocol_is_known_by_its_settings(tmp_path: Path) -> None:
+    suite = MCQ | {
+        "prompt": "foodieqa",
+        "suite": "foodieqa",
+        "task": "sivqa",
+        "language": "en",
+        "view": "picture",
+        "wording": "2",
+        "turn": "as-is",
+    }
+    found = foodie(tmp_path, 256, card={"made_by": "hand"}, protocol=suite)
+    assert (found["published"]["column"], found["published"]["differs"]) == ("sivqa en", [])
+    told = text_of(found)
+    assert "FoodieQA's prompts; strict answers; at most 64 new tokens; at most 6 tiles a picture; task sivqa; in English; wording 2" in told
+    blind = tmp_path / "blind"
+    blind.mkdir()
+    assert foodie(blind, 256, protocol=suite | {"view": "blind"})["published"]["differs"] == ["view"]
+
+
 def test_other_data_has_no_published_results(tmp_path: Path) -> None:
     assert foodie(tmp_path, 4, card={"task": "sivqa", "licence": {"url": "see NOTICE"}})["published"] is None
 

@@ -103,19 +103,37 @@ def _value(value: Any) -> str:
     return say("yes", "是") if value is True else say("no", "否") if value is False else str(value)
 
 
+def _told(key: str, value: Any) -> str:
+    """One setting of a protocol in words; '' for what another setting has said already."""
+    known = {
+        "max_new_tokens": (f"at most {value} new tokens", f"最多生成 {value} 个 token"),
+        "max_tiles": (f"at most {value} tile{'' if value == 1 else 's'} a picture", f"每张图最多 {value} 个切片"),
+        "task": (f"task {value}", f"任务 {value}"),
+        "language": {"zh": ("in Chinese", "中文"), "en": ("in English", "英文")}.get(value, (str(value), str(value))),
+        "wording": (f"wording {value}", f"提问措辞 {value}"),
+        "seed": (f"seed {value}", f"随机种子 {value}"),
+        "headline": {
+            "sum": ("a choice's log-probabilities added up", "选项各 token 对数概率之和"),
+            "contained": ("right: the reference is contained", "包含参考答案即为正确"),
+        }.get(value, (str(value), str(value))),
+        "view": {
+            "picture": ("", ""),
+            "blind": ("without the pictures", "不给图片"),
+            "food-name": ("the dish is named", "给出菜名"),
+            "name-only": ("the dish's name instead of the picture", "只给菜名，不给图片"),
+        }.get(value, (str(value), str(value))),
+        "turn": {"as-is": ("options in the data's order", "选项保持原顺序"), "seeded": ("options in a drawn order", "选项随机排序")}.get(
+            value, (f"options turned ({value})", f"选项轮换（{value}）")
+        ),
+        "fallback": {"wrong": ("no letter is wrong", "无字母即判错"), "a": ("no letter is A", "无字母按 A 计"), "random": ("no letter: one is drawn", "无字母则随机取")}.get(
+            value, (str(value), str(value))
+        ),
+        "suite": ("", ""),
+    }  # fmt: skip
+    return say(*known[key]) if key in known else f"{key} {_value(value)}"
+
+
 def protocol_words(protocol: dict[str, Any]) -> str:
     """All of a protocol as one line; settings not known here as `key value`."""
-    parts = [prompt_name(protocol["prompt"]), mode_name(protocol)]
-    known = {
-        "max_new_tokens": lambda n: say(f"at most {n} new tokens", f"最多生成 {n} 个 token"),
-        "max_tiles": lambda n: say(f"at most {n} tile{'' if n == 1 else 's'} a picture", f"每张图最多 {n} 个切片"),
-        "headline": lambda name: {
-            "sum": say("a choice's log-probabilities added up", "选项各 token 对数概率之和"),
-            "contained": say("right: the reference is contained", "包含参考答案即为正确"),
-        }.get(name, str(name)),
-    }
-    for key, value in protocol.items():
-        if key in ("prompt", "mode") or value is None:
-            continue
-        parts.append(known[key](value) if key in known else f"{key} {_value(value)}")
-    return say("; ", "；").join(parts)
+    settings = [_told(key, value) for key, value in protocol.items() if key not in ("prompt", "mode") and value is not None]
+    return say("; ", "；").join([prompt_name(protocol["prompt"]), mode_name(protocol), *filter(None, settings)])

@@ -45,9 +45,9 @@ def column(name: str) -> list[dict[str, Any]]:
 
 def _task(summary: dict[str, Any]) -> str | None:
     """The FoodieQA task a summary's data is of, by the card beside the data; None for any other data."""
-    suite = summary["protocol"].get("task")
-    if summary["protocol"].get("suite") == "foodieqa" and isinstance(suite, str):
-        return suite
+    protocol = summary["protocol"]
+    if protocol.get("suite") == "foodieqa":
+        return str(protocol["task"])
     file = (summary.get("data") or {}).get("file")
     if not file:
         return None
@@ -75,7 +75,7 @@ def beside(summary: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str
     task = _task(summary)
     if task is None:
         return None
-    language = _language(lines)
+    language = summary["protocol"].get("language") or _language(lines)
     name = f"{task} {'zh' if language == 'both' else language}"
     if name not in published()["columns"]:
         return None
@@ -84,6 +84,7 @@ def beside(summary: dict[str, Any], lines: Sequence[dict[str, Any]]) -> dict[str
         ("languages", language == "both"),
         ("items", len(lines) != n),
         ("options", protocol["prompt"] not in _SHOWS_OPTIONS),
+        ("view", protocol.get("view", "picture") != "picture"),
         ("likelihood", protocol["mode"] == "likelihood"),
         ("trained", summary.get("scored_on_training_items") is True),
         ("unknown", summary.get("scored_on_training_items") is None),
