@@ -4,9 +4,9 @@ Promises: an item counts as seen when training holds its question (in normal for
 what only shares a picture or only a question is counted apart; a picture that cannot be read is counted, never skipped in silence.
 Cost: one read and one decode of every distinct picture on both sides (beyond `MOST_DECODED` pictures the look is not compared, and said).
 
-Look: a difference hash of 256 bits (ImageHash) and the tint of 4 x 4 fields, for the hash knows no colour. A copy saved at JPEG quality 30, halved or scaled to
-256 pixels or brightened by 15% differs in at most 12 bits (21 photographs); different photographs in 104 or more, different drawings
-of foodemoji in 29 or more. A picture cropped by 2% at every edge differs in up to 47: crops are not found.
+Look: a difference hash of 256 bits (ImageHash) and the tint of 4 x 4 fields, for the hash knows no colour. By `bench/looks.py`, a copy at
+JPEG quality 30, of half the size or 256 pixels wide, or 15% brighter differs in at most 9 bits (20 photographs); different photographs in 95
+or more, foodemoji's drawings of different artists in 29 or more. A picture cropped by 2% at each edge differs in up to 47: crops are not found.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from intervale.core.errors import UserError
 from intervale.core.files import parse_json, read_object, read_text, write_atomic
 from intervale.core.lang import say
 from intervale.evaluate.labels import is_open, mode_name, prompt_name, protocol_words, tag_name, value_name
+from intervale.evaluate.report_training import training_facts
 from intervale.evaluate.seen import reason_of
 from intervale.evaluate.training_card import find_run
 
@@ -108,7 +109,7 @@ def write_card(folder: Path, reports: Sequence[dict[str, Any]]) -> Path:
     path = folder / CARD
     if path.is_file() and _MARK not in read_text(path):
         raise UserError(f"{path} is not a card that intervale wrote", "move it away, then try again")
-    write_atomic(path, card_text(folder.resolve().name, told, reports))
+    write_atomic(path, card_text(folder.resolve().name, told, reports, merged))
     return path
 
 
@@ -169,6 +170,10 @@ def _row(report: dict[str, Any]) -> str:
     return "| " + " | ".join(map(_cell, cells)) + " |"
 
 
+def _colon() -> str:
+    return say(": ", "：")
+
+
 def _table(names: Sequence[str], rows: Sequence[str]) -> str:
     return "\n".join(["| " + " | ".join(names) + " |", "|" + "---|" * len(names), *rows])
 
@@ -211,58 +216,57 @@ def _evaluation(reports: Sequence[dict[str, Any]]) -> str:
         say("points [95%]", "百分点 [95%]"), "p", say("fixed / broken", "改对 / 改错"),
     ]  # fmt: skip
     last = reports[-1]
+    before, seen = _cell(last["before"]["model"]["name"]), _cell(reason_of(last["after"]))
     parts = [f"## {say('Evaluation', '评测')}\n\n{_warning(reports)}{_table(names, [_row(report) for report in reports])}\n"]
     methods = say(
-        "Intervals: Wilson; of the difference: Newcombe, paired. p: McNemar's exact test. Before is the base model on the same items.",
-        "区间：Wilson；差值：配对 Newcombe。p：McNemar 精确检验。“之前”为基础模型在相同题目上的成绩。",
+        f"Intervals: Wilson; of the difference: Newcombe, paired. p: McNemar's exact test. Before: {before} on the same items.",
+        f"区间：Wilson；差值：配对 Newcombe。p：McNemar 精确检验。“之前”：{before} 在相同题目上的成绩。",
     )
-    parts.append(f"\n{methods} {say('Seen in training', '是否训练数据')}{say(': ', '：')}{_cell(reason_of(last['after']))}.\n")
+    parts.append(f"\n{methods} {say('Seen in training', '是否训练数据')}{_colon()}{seen}{say('.', '。')}\n")
     if is_open(last["protocol"]) and last.get("graded"):
         told = "; ".join(f"{name} {own['before']:.3f} → {own['after']:.3f}" for name, own in last["graded"].items())
-        parts.append(f"\n{say('On average', '平均')}: {told}\n")
+        parts.append(f"\n{say('On average', '平均')}{_colon()}{told}\n")
     calibrated = next((report["calibration"]["after"] for report in reports if report.get("calibration")), None)
     if calibrated:
         parts.append(
-            f"\n{say('Expected calibration error of its likelihoods', '似然的期望校准误差')}: {100 * calibrated['ece']:.1f}% (n = {calibrated['n']})\n"
+            f"\n{say('Expected calibration error of its likelihoods', '似然的期望校准误差')}{_colon()}{100 * calibrated['ece']:.1f}% (n = {calibrated['n']})\n"
         )
     return "".join([*parts, _groups(reports[0])])
 
 
 def _training(told: dict[str, Any], reports: Sequence[dict[str, Any]]) -> str:
+    """What the run's own card says; where the run is gone, what the export kept of its recipe."""
     card = next((report["training"] for report in reversed(reports) if report.get("training")), None)
-    recipe, lora = (told.get("recipe") or {}).get("train", {}), (told.get("recipe") or {}).get("lora") or {}
-    rows = [
-        (say("base model", "基础模型"), (card or {}).get("base") or reports[-1]["before"]["model"]["name"]),
-        (say("learns", "训练部分"), ", ".join(f"{part}: {recipe[part]}" for part in ("llm", "projector", "vision") if part in recipe)),
-        ("LoRA", ", ".join(f"{key} {value}" for key, value in lora.items()) if "lora" in recipe.values() else ""),
-        (say("step", "步数"), told.get("step")),
-        (say("epochs, batch, learning rate", "轮数、批大小、学习率"), ", ".join(str(recipe[key]) for key in ("epochs", "batch_size", "learning_rate") if key in recipe)),
-        (say("seed", "随机种子"), recipe.get("seed")),
-        (say("training items", "训练条目"), (told.get("train") or {}).get("items")),
-    ]  # fmt: skip
-    return (
-        f"\n## {say('Training', '训练')}\n\n"
-        + "\n".join(f"- {name}: {_cell(value)}" for name, value in rows if value not in (None, ""))
-        + "\n"
-    )
+    step, items = told.get("step"), (told.get("train") or {}).get("items")
+    if card is not None:
+        rows = [(name, value + (say("; ", "；") + more if more else "")) for name, value, more in training_facts(card)]
+    else:
+        recipe = (told.get("recipe") or {}).get("train", {})
+        rows = [(key, str(recipe[key])) for key in ("llm", "projector", "vision", "learning_rate", "seed") if key in recipe]
+        rows += [(say("training items", "训练条目"), f"{items:,}")] if isinstance(items, int) else []
+    rows += [(say("step of the weights", "权重所在步数"), f"{step:,}")] if isinstance(step, int) else []
+    return f"\n## {say('Training', '训练')}\n\n{_points(rows)}"
 
 
-def _identity(reports: Sequence[dict[str, Any]]) -> str:
+def _points(rows: Sequence[tuple[str, str]]) -> str:
+    return "".join(f"- {name}{_colon()}{_cell(value)}\n" for name, value in rows)
+
+
+def _identity(reports: Sequence[dict[str, Any]], merged: str) -> str:
+    """Hashes, protocols and software. `merged` is told only of the very folder that was scored: another export's bytes differ."""
     last = reports[-1]["after"]
     names = {
         "base": say("base", "基础权重"), "adapter": say("adapter", "适配器"), "merged": say("merged", "合并后"), "data": say("evaluation data", "评测数据"),
         "pictures": say("pictures", "图片"),
     }  # fmt: skip
-    lines = [f"- {title}: `{last['hashes'][key]}`" for key, title in names.items() if last["hashes"].get(key)]
+    own = {key: value for key, value in last["hashes"].items() if value and (key != "merged" or value == merged)}
+    rows = [(title, f"`{own[key]}`") for key, title in names.items() if key in own]
+    rows += [(say("asked", "提问与评分"), told) for told in dict.fromkeys(protocol_words(report["protocol"]) for report in reports)]
     software = ", ".join(f"{name} {last['versions'][name]}" for name in ("intervale", "torch", "transformers") if name in last["versions"])
-    lines += [
-        f"- {say('asked', '提问与评分')}: {_cell(protocol_words(reports[-1]['protocol']))}",
-        f"- {say('software', '软件')}: {software}",
-    ]
-    return f"\n## {say('What exactly was scored', '评测对象')}\n\n" + "\n".join(lines) + "\n"
+    return f"\n## {say('What exactly was scored', '评测对象')}\n\n{_points([*rows, (say('software', '软件'), software)])}"
 
 
-def card_text(name: str, told: dict[str, Any], reports: Sequence[dict[str, Any]]) -> str:
+def card_text(name: str, told: dict[str, Any], reports: Sequence[dict[str, Any]], merged: str) -> str:
     """The whole README.md of `told` (its intervale.json) and reports, the first of which gives the groups."""
     every = [entry for report in reports for entry in (report, report.get("also")) if entry]
     intro = say(
@@ -270,5 +274,5 @@ def card_text(name: str, told: dict[str, Any], reports: Sequence[dict[str, Any]]
         "用 intervale 微调、合并并评测的 InternVL 模型。下表由其评测报告生成。",
     )
     use = f"\n## {say('Use', '使用')}\n\n```bash\nintervale chat {name} -i picture.jpg\nintervale serve {name}\n```\n"
-    body = "".join([_evaluation(every), _training(told, every), use, _identity(every)])
+    body = "".join([_evaluation(every), _training(told, every), use, _identity(every, merged)])
     return f"{_front(name, every)}\n# {name}\n\n{intro}\n\n{body}\n{_MARK}\n"

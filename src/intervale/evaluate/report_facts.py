@@ -28,6 +28,11 @@ def _adapter(side: dict[str, Any]) -> str:
     return " ".join([*([model["checkpoint"]] if model.get("checkpoint") else []), *([f"({own})"] if own else [])]) or _NONE
 
 
+def _where(model: dict[str, Any]) -> str:
+    """Precision and device; of a model behind an address neither is known."""
+    return ", ".join(str(model[key]) for key in ("precision", "device") if model.get(key)) or _NONE
+
+
 def _pictures(side: dict[str, Any]) -> str:
     return str((side.get("data") or {}).get("pictures") or say("not on file", "没有记录"))
 
@@ -48,10 +53,13 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     software = ("intervale", "torch", "transformers")
     return [
         row(say("model", "模型"), *(str(side["model"]["name"]) for side in sides)),
-        row(say("base weights", "基础权重"), *((side.get("hashes") or {}).get("base") or side["model"]["fingerprint"] for side in sides)),
+        row(
+            say("base weights", "基础权重"),
+            *(str((side.get("hashes") or {}).get("base") or side["model"].get("fingerprint") or _NONE) for side in sides),
+        ),
         row(say("adapter", "适配器"), *(_adapter(side) for side in sides)),
         row(say("merged weights", "合并后的权重"), *(_hash(side, "merged") for side in sides)),
-        row(say("precision, device", "精度、设备"), *(f"{side['model']['precision']}, {side['model']['device']}" for side in sides)),
+        row(say("precision, device", "精度、设备"), *(_where(side["model"]) for side in sides)),
         row(say("data", "数据"), *(f"{side['data']['file']} ({side['data']['digest']})" for side in sides)),
         row(say("pictures", "图片"), *(_pictures(side) for side in sides)),
         row(

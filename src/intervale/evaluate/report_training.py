@@ -142,7 +142,7 @@ def _learns(card: dict[str, Any]) -> str:
     return say("; ", "；").join(told)
 
 
-def _facts(card: dict[str, Any]) -> list[tuple[str, str, str]]:
+def training_facts(card: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value, what else there is to say) of everything that is known."""
     lora, curve = card["lora"], card["curve"]
     schedules = {"cosine": say("cosine", "余弦衰减"), "linear": say("linear", "线性衰减"), "constant": say("constant", "恒定")}
@@ -186,6 +186,6 @@ def training_html(card: dict[str, Any] | None) -> str:
     curve = f'<div class="whole">{_curve(card["curve"], mark)}{_legend(card["curve"], mark)}</div>' if card["curve"] else ""
     facts = "".join(
         f"<div><dt>{name}</dt><dd>{escape(value)}{f'<small>{escape(more)}</small>' if more else ''}</dd></div>"
-        for name, value, more in _facts(card)
+        for name, value, more in training_facts(card)
     )
     return f'<section class="long"><h2>{say("How it was trained", "训练过程")}</h2>{curve}<dl class="card-facts">{facts}</dl></section>'
