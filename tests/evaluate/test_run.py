@@ -22,7 +22,7 @@ from intervale.evaluate import batches as batching
 from intervale.evaluate import features as featuring
 from intervale.evaluate import run as running
 from intervale.evaluate.folder import PREDICTIONS, PROTOCOL, SUMMARY, read_predictions
-from intervale.evaluate.provenance import scored_on_training_items
+from intervale.evaluate.provenance import about, scored_on_training_items
 from intervale.evaluate.run import evaluate, plan
 from intervale.model.forward import embed
 from intervale.model.load import load_model
@@ -418,3 +418,14 @@ def test_every_summary_names_weights_data_seeds_and_software(model: Path, tmp_pa
     assert summary["scored_on_training_items"] is True
     assert summary["seen"]["files"][0]["exact"] == 2
     assert "2 of 2 items are training items (2 with the very same pictures" in summary["scored_on_training_items_reason"]
+
+
+def test_a_model_behind_an_address_is_not_known_unless_the_data_tells(tmp_path: Path) -> None:
+    data = write_data(tmp_path, items=2)
+    facts = {"digest": "d", "pictures": "p"}
+    told = about(None, data, read_records(data), facts)
+    assert told["scored_on_training_items"] is None
+    assert "does not say what it was trained on" in told["scored_on_training_items_reason"]
+    assert told["hashes"] == {"base": None, "adapter": None, "merged": None, **{"data": "d", "pictures": "p"}}
+    write_json(tmp_path / "dataset.json", {"all": True})
+    assert about(None, data, read_records(data), facts)["scored_on_training_items"] is True

@@ -131,6 +131,29 @@ def hashes(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     return {"base": base, "adapter": adapter, "merged": merged, "data": data["digest"], "pictures": data.get("pictures")}
 
 
+def about(folder: Path | None, data: Path, records: Sequence[Record], facts: dict[str, Any], tell: Tell = lambda _: None) -> dict[str, Any]:
+    """What every summary says of where its score comes from: {hashes, seeds, scored_on_training_items (and its reason), seen}.
+
+    `folder`: the model's; None for one behind an address, of which nothing is known. `facts`: the data's {digest, pictures}.
+    """
+    if folder is None:
+        own = {"base": None, "adapter": None, "merged": None, "data": facts["digest"], "pictures": facts.get("pictures")}
+        seen: dict[str, Any] = {
+            "verdict": True if _told_by_card(data) else None,
+            "code": "card" if _told_by_card(data) else "endpoint",
+            "files": [],
+        }
+    else:
+        own, seen = hashes(folder, facts), seen_in_training(folder, data, records, tell)
+    return {
+        "hashes": own,
+        "seeds": {"training": training_seed(folder) if folder else None, "evaluation": None},  # greedy: nothing is drawn at random
+        "scored_on_training_items": seen["verdict"],
+        "scored_on_training_items_reason": in_words(seen, len(records)),
+        "seen": seen,
+    }
+
+
 def training_seed(folder: Path) -> int | None:
     """The seed of the run that made a run's, checkpoint's or exported folder's weights; None when none is on file."""
     checkpoint = checkpoint_of(folder)

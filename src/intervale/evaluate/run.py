@@ -37,8 +37,7 @@ from intervale.evaluate.folder import (
 )
 from intervale.evaluate.free import HEADLINE, free_numbers
 from intervale.evaluate.identity import picture_keys, pictures_digest, refuse_changed
-from intervale.evaluate.provenance import hashes, model_identity, seen_in_training, training_seed
-from intervale.evaluate.seen import in_words
+from intervale.evaluate.provenance import about, model_identity
 from intervale.evaluate.statistics import wilson
 from intervale.model.load import Model, as_device, as_dtype, load_model, load_text_side, narrow, resolve_model
 
@@ -243,15 +242,10 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _about(job: Plan, identity: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """What was scored, on what, with what."""
-    seen = seen_in_training(job.folder, job.data, job.records, tell)
     return {
         "protocol": identity["protocol"],
         "model": {"name": job.name, "folder": str(job.folder.resolve()), **identity["model"], "device": job.device},
         "data": {"file": str(job.data.resolve()), **identity["data"]},
-        "hashes": hashes(job.folder, identity["data"]),
-        "seeds": {"training": training_seed(job.folder), "evaluation": None},  # nothing is drawn at random
-        "scored_on_training_items": seen["verdict"],
-        "scored_on_training_items_reason": in_words(seen, len(job.records)),
-        "seen": seen,
+        **about(job.folder, job.data, job.records, identity["data"], tell),
         "versions": versions(),
     }
