@@ -311,3 +311,30 @@ def test_a_chinese_report_has_no_english_and_an_english_one_no_chinese(tmp_path:
         left = re.sub(_NAMES, "", told)
         assert [left[max(0, hit.start() - 30) : hit.end() + 30] for hit in re.finditer(other, left)] == []
         assert json.dumps(strict)  # plain values
+
+
+def test_more_models_stand_beside_each_tested_against_the_tuned_one(tmp_path: Path) -> None:
+    before, after = folder(tmp_path / "a", outcomes("0" * 40)), folder(tmp_path / "b", outcomes("1" * 30 + "0" * 10))
+    model = {"name": "gpt-x", "folder": None, "precision": None, "device": "endpoint"}
+    server = {"prompt": "open", "mode": "strict", "max_new_tokens": 64, "max_tiles": None, "headline": None}
+    other = folder(tmp_path / "c", outcomes("1" * 10 + "0" * 30), model=model, protocol=server)
+    near = folder(tmp_path / "d", outcomes("1" * 29 + "0" * 11), scored_on_training_items=True)
+    found = compare(before, after, [other, near])
+    first, second = found["others"]
+    assert (first["against"]["only_after"], first["against"]["only_other"]) == (20, 0)
+    assert first["against"]["p"] == mcnemar(20, 0)
+    assert [first["against"]["p_holm"], second["against"]["p_holm"]] == holm([mcnemar(20, 0), mcnemar(1, 0)])
+    assert first["differs"] == {"max_tiles": None}
+    told = text_of(found)
+    assert "Beside other models" in told
+    assert "gpt-x 25.0% +50.0 [" in re.sub(r"\s+", " ", told)
+    assert "Scored on training items: m" in told
+    assert "Beside other models" not in text_of(compare(before, after))
+
+
+def test_a_model_asked_otherwise_or_other_items_does_not_stand_beside(tmp_path: Path) -> None:
+    before, after = folder(tmp_path / "a", outcomes("00")), folder(tmp_path / "b", outcomes("11"))
+    with pytest.raises(UserError, match=r"protocol\.prompt"):
+        compare(before, after, [folder(tmp_path / "c", outcomes("01"), protocol=MCQ)])
+    with pytest.raises(UserError, match="only in"):
+        compare(before, after, [folder(tmp_path / "d", outcomes("011"))])

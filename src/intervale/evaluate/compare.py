@@ -13,12 +13,12 @@ from typing import Any
 
 from intervale.core.errors import UserError
 from intervale.core.files import write_atomic, write_json
-from intervale.core.runlog import differences
 from intervale.evaluate.calibration import calibration
 from intervale.evaluate.folder import read_evaluation
 from intervale.evaluate.free import GRADED
 from intervale.evaluate.groups import by_tag
 from intervale.evaluate.model_card import note_report
+from intervale.evaluate.others import refuse_different, standings
 from intervale.evaluate.published import beside
 from intervale.evaluate.report import report_html
 from intervale.evaluate.statistics import (
@@ -34,33 +34,7 @@ from intervale.evaluate.training_card import training_card
 
 REPORT_HTML, REPORT_JSON = "report.html", "report.json"
 KIND = "intervale comparison"
-_SHOWN = 5
-_SAME = ("question", "choices", "answer", "reference")
 Line = dict[str, Any]
-
-
-def _refuse_different(before: Path, after: Path, protocols: tuple[Any, Any], lines: tuple[Sequence[Line], Sequence[Line]]) -> None:
-    faults = [f"protocol.{told}" for told in differences(*protocols)]
-    olds, news = ({line["id"]: line for line in side} for side in lines)
-    for folder, own, other in ((before, olds, news), (after, news, olds)):
-        if alone := [name for name in own if name not in other]:
-            faults.append(f"{len(alone)} items are only in {folder}: {_named(alone)}")
-    both = [(name, olds[name], news[name]) for name in olds if name in news]
-    changed = [(name, told) for name, old, new in both for key in _SAME for told in differences(old.get(key), new.get(key), key)]
-    faults += [f"item {name!r}: {told}" for name, told in changed[:_SHOWN]]
-    if len(changed) > _SHOWN:
-        faults.append(f"... and {len(changed) - _SHOWN} more differences between items")
-    if repainted := [name for name, old, new in both if old.get("pictures") != new.get("pictures")]:
-        faults.append(f"the pictures of {len(repainted)} items are not the same: {_named(repainted)}")
-    if faults:
-        raise UserError(
-            f"{before} and {after} cannot be compared; what differs:\n       " + "\n       ".join(faults),
-            "evaluate both models on the same data and pictures with the same --prompt, --mode, --max-new-tokens and --max-tiles",
-        )
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
 
 
 @dataclass(frozen=True)
@@ -162,13 +136,13 @@ def _calibrations(old: Sequence[Line], new: Sequence[Line]) -> dict[str, Any] | 
     return {"before": before, "after": after} if before and after else None
 
 
-def compare(before: Path, after: Path) -> dict[str, Any]:
-    """The comparison as plain values, the content of report.json.
+def compare(before: Path, after: Path, others: Sequence[Path] = ()) -> dict[str, Any]:
+    """The comparison as plain values, the content of report.json; `others` are more evaluations of the same items, to stand beside.
 
     Raises: UserError when one is no finished evaluation, or they are not of the same items under the same protocol.
     """
     (old, old_lines), (new, new_lines) = read_evaluation(before), read_evaluation(after)
-    _refuse_different(before, after, (old["protocol"], new["protocol"]), (old_lines, new_lines))
+    refuse_different(before, after, (old["protocol"], new["protocol"]), (old_lines, new_lines))
     paired = pair(old_lines, new_lines)
     by_id = {line["id"]: line for line in new_lines}
     new_lines = [by_id[line["id"]] for line in old_lines]
@@ -193,6 +167,7 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         "holm": family,
         "graded": _graded(old_lines, new_lines),
         "calibration": _calibrations(old_lines, new_lines),
+        "others": standings(others, (after, new, new_lines)),
         "published": beside(new, new_lines),
         "training": training_card(new.get("model") or {}),
         **{name: [_item(*both) for both in getattr(paired, name)] for name in ("fixed", "broken", "both_wrong", "both_right")},

@@ -16,6 +16,7 @@ from intervale.evaluate.report_calibration import calibration_html
 from intervale.evaluate.report_facts import facts_html
 from intervale.evaluate.report_gallery import gallery_html
 from intervale.evaluate.report_groups import bars, graded_html, groups_html
+from intervale.evaluate.report_others import others_html
 from intervale.evaluate.report_published import published_html
 from intervale.evaluate.report_style import STYLE
 from intervale.evaluate.report_training import training_html
@@ -215,6 +216,7 @@ def report_html(found: dict[str, Any], extra: dict[str, Any] | None = None) -> s
         _table(found["pairs"]),
         graded_html(found),
         groups_html(found),
+        others_html(found),
         published_html(found),
         calibration_html(found, extra),
         training_html(found["training"]),

@@ -24,7 +24,8 @@ def _why(code: str, told: dict[str, Any], n: int) -> str:
     }.get(code, code)
 
 
-def _row(name: str, score: dict[str, Any], style: str = "") -> str:
+def single_row(name: str, score: dict[str, Any], style: str = "", more: str = "") -> str:
+    """One model: its name, a bar with its interval, the number and something small under it."""
     share = score["accuracy"]
     whisker = ""
     if score["interval"]:
@@ -33,7 +34,10 @@ def _row(name: str, score: dict[str, Any], style: str = "") -> str:
     colour = {"before": "#b4bfcd", "after": "#4aa899"}.get(style, "#d9c9a3")
     bar = f'<svg class="single" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true"><rect width="100" height="12" fill="#f4f6f9"/><rect width="{100 * share:.2f}" height="12" fill="{colour}"/>{whisker}</svg>'
     bold = "b" if style else "span"
-    return f'<div class="row"><div class="label"><{bold}>{escape(name)}</{bold}></div>{bar}<div class="value">{share:.1%}</div></div>'
+    small = f"<small>{escape(more)}</small>" if more else ""
+    return (
+        f'<div class="row"><div class="label"><{bold}>{escape(name)}</{bold}></div>{bar}<div class="value">{share:.1%}{small}</div></div>'
+    )
 
 
 def published_html(found: dict[str, Any]) -> str:
@@ -48,7 +52,7 @@ def published_html(found: dict[str, Any]) -> str:
     ]
     for side, name in (("before", say("ours, before", "我们的模型，之前")), ("after", say("ours, after", "我们的模型，之后"))):
         rows.append((found[side]["accuracy"], name, found[side], side))
-    body = "".join(_row(name, score, style) for _, name, score, style in sorted(rows, key=lambda row: -row[0]))
+    body = "".join(single_row(name, score, style) for _, name, score, style in sorted(rows, key=lambda row: -row[0]))
     faults = "".join(f"<li>{_why(code, told, found['n'])}</li>" for code in told["differs"])
     verdict = say("Not comparable with ours:", "与我们的结果不可直接比较：")
     note = f'<div class="note"><strong>{verdict}</strong><ul>{faults}</ul></div>' if faults else ""

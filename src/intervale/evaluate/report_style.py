@@ -15,7 +15,7 @@ section.long { break-inside: auto; } section.long > h2, section.long > p, h3 { b
 .banner { background: #fdecea; border: 1px solid #f3b9b3; border-left: 6px solid var(--warn); color: #7c1a12; border-radius: 10px;
           padding: .8rem 1.1rem; margin-top: 1rem; } .banner strong { display: block; } .banner .soft { color: inherit; }
 .note { background: #fdf6e7; border: 1px solid #ecd9ac; border-left: 6px solid #c58a1b; color: #6b4a0c; border-radius: 10px; padding: .7rem 1.1rem; margin: 1rem 0; break-inside: avoid; }
-.note .soft { color: inherit; } .note ul { margin: .3rem 0 0; padding-left: 1.2rem; } main > .note { margin-bottom: 0; }
+.note .soft { color: inherit; } .note ul { margin: .3rem 0 0; padding-left: 1.2rem; } main > .note { margin-bottom: 0; } section > .banner { margin: 0 0 .8rem; }
 .hero { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem 2.2rem; }
 .number b { display: block; font-size: 2.8rem; line-height: 1.15; letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
 .number b small { font-size: 1.05rem; font-weight: 600; letter-spacing: 0; }
