@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _MODEL = Annotated[str, typer.Argument(help="A model folder, a training run, or a hub id. Left out with --base-url.")]
 _DATA = Annotated[
-    Path | None, typer.Argument(help="A JSONL file whose items have choices and an answer; with --suite the benchmark's folder.")
+    Path | None,
+    typer.Argument(help="A JSONL file (items with choices and an answer, or open answers); with --suite the benchmark's folder."),
 ]
 _OUT = Annotated[Path, typer.Option(help="Folder for answers and summaries; the same command continues what was stopped.")]
 _PROMPT = Annotated[Literal["open", "mcq"], typer.Option(help="open: the bare question, as trained; mcq: with lettered options.")]
@@ -119,7 +120,7 @@ def evaluate(
     prices: _PRICES = "",
     extra: _EXTRA = "",
 ) -> None:
-    """Score a model on questions with choices: accuracy with its interval, per tag, every answer on file."""
+    """Score a model on questions, with choices or open: accuracy with its interval, per tag, every answer on file."""
     from intervale.cli import evaluate_suite as suites
 
     local = suites.LocalOptions(max_tiles, device, precision, features)
@@ -167,13 +168,28 @@ def _row(name: str, score: dict[str, Any]) -> str:
     return f"{name}  {score['accuracy']:6.1%}  [{low:.1%}, {high:.1%}]  {score['correct']}/{score['n']}"
 
 
+def _open_answers(summary: dict[str, Any]) -> list[str]:
+    means = summary["means"]
+    return [
+        _row(say("  word for word", "  逐字相同"), summary["accuracies"]["exact"]) + say("  (headline: contained)", "  （主指标：包含）"),
+        say(f"  on average: character F1 {means['f1']:.3f}, ROUGE-L {means['rouge_l']:.3f}",
+            f"  平均：字符 F1 {means['f1']:.3f}，ROUGE-L {means['rouge_l']:.3f}"),
+        say(f"empty answers: {summary['empty']}; answers cut at the token limit: {summary['cut_off']}",
+            f"空回答：{summary['empty']}；达到长度上限的回答：{summary['cut_off']}"),
+    ]  # fmt: skip
+
+
 def shown(summary: dict[str, Any], coloured: bool) -> list[str]:
     """The summary for a terminal: accuracy, what was not recognised, a table per tag, and the warning in red."""
     from intervale.evaluate.folder import sees_choices, telling_tags
+    from intervale.evaluate.seen import reason_of
 
     chance = say(f"  (chance {summary['chance']:.1%})", f"  （随机 {summary['chance']:.1%}）") if sees_choices(summary["protocol"]) else ""
-    lines = [_row(say("accuracy", "准确率"), summary) + chance]
-    if "accuracies" in summary:
+    name = say("right answer contained", "包含正确答案") if "means" in summary else say("accuracy", "准确率")
+    lines = [_row(name, summary) + chance]
+    if "means" in summary:
+        lines += _open_answers(summary)
+    elif "accuracies" in summary:
         mean = summary["accuracies"]["mean"]
         lines.append(_row(say("  by the per-token mean", "  按每个 token 的平均"), mean) + say("  (headline: sum)", "  （主指标：总和）"))
         lines.append(say(f"ties, counted as wrong: {summary['ties']}", f"并列（计为错误）：{summary['ties']}"))
@@ -195,12 +211,9 @@ def shown(summary: dict[str, Any], coloured: bool) -> list[str]:
         text = say("SCORED ON TRAINING ITEMS: this shows that training worked, not how good the model is",
                    "在训练数据上评分：这只说明训练有效，不代表模型水平")  # fmt: skip
         lines.append(("\x1b[1;31m" + text + "\x1b[0m") if coloured else text)
-        lines.append(f"  {summary['scored_on_training_items_reason']}")
+        lines.append(f"  {reason_of(summary)}")
     elif summary["scored_on_training_items"] is None:
-        lines.append(
-            say("whether these are training items is not known: ", "不清楚这些是否为训练数据：")
-            + summary["scored_on_training_items_reason"]
-        )
+        lines.append(say("whether these are training items is not known: ", "不清楚这些是否为训练数据：") + reason_of(summary))
     return ["".join(char for char in line if char.isprintable() or char == "\x1b") for line in lines]
 
 

@@ -24,8 +24,9 @@ from intervale.engine.decode import context_of, refuse_long, rotary_turn
 from intervale.engine.tree import Prompt
 from intervale.evaluate.batches import Question, rows_of
 from intervale.evaluate.features import Features
+from intervale.evaluate.free import HEADLINE, score_free, without_choices
 from intervale.evaluate.prompts import continuations, messages_for
-from intervale.evaluate.score import match_choice, most_likely, parse_letter, parse_official
+from intervale.evaluate.score import cut_tail, match_choice, most_likely, parse_letter, parse_official
 from intervale.model.load import Model
 
 
@@ -37,7 +38,7 @@ class Protocol:
     mode: str  # strict | likelihood | official
     max_new_tokens: int | None
     max_tiles: int
-    headline: str | None  # of likelihood: which of a choice's scores decides
+    headline: str | None  # of likelihood: which of a choice's scores decides; of open answers: which measure counts as right
 
 
 def _prompt_ids(model: Model, record: Record, prompt: str, picture_tokens: Sequence[int]) -> np.ndarray:
@@ -90,13 +91,17 @@ def question_of(model: Model, record: Record, tiles: Sequence[int], protocol: Pr
 def _greedy(model: Model, ids: list[int], record: Record, protocol: Protocol) -> dict[str, Any]:
     stopped = bool(ids) and ids[-1] in model.stop_ids
     raw = model.tokenizer.decode(ids[:-1] if stopped else ids)
+    finish = "stop" if stopped else "length"
+    if not record.choices:
+        told = score_free(raw, record.reference())
+        return {"reference": cut_tail(record.reference()), "raw": raw, "finish": finish, "parsed": None, "tokens": len(ids), **told}
     if protocol.prompt == "open":
         parsed = match_choice(raw, record.choices)
     elif protocol.mode == "official":
         parsed = parse_official(raw, record.choices)
     else:
         parsed = parse_letter(raw, record.choices)
-    return {"raw": raw, "finish": "stop" if stopped else "length", "parsed": parsed, "tokens": len(ids)}
+    return {"raw": raw, "finish": finish, "parsed": parsed, "tokens": len(ids)}
 
 
 def _likelihood(scored: list[list[float]], record: Record) -> dict[str, Any]:
@@ -156,7 +161,7 @@ def ask(model: Model, features: Features, number: int, protocol: Protocol) -> li
             "prompt": protocol.prompt,
             "mode": protocol.mode,
             **told,
-            "correct": told["parsed"] == record.answer,
+            "correct": told["parsed"] == record.answer if record.choices else told[HEADLINE],
             "prompt_tokens": len(prompt.ids_S),
             "seconds": seconds,
             "tags": record.tags,
@@ -165,13 +170,14 @@ def ask(model: Model, features: Features, number: int, protocol: Protocol) -> li
     ]
 
 
-def refuse_unscorable(records: Sequence[Record], where: str, prompt: str) -> None:
-    """Raise a UserError that counts and names the items that cannot be scored: nothing is left out silently."""
-    lacking = [r for r in records if len(r.choices) < 2 or r.answer is None]
+def refuse_unscorable(records: Sequence[Record], where: str, prompt: str, mode: str) -> bool:
+    """Is this data of open answers? Raises: UserError that counts and names the items that cannot be scored; none is left out silently."""
+    free = without_choices(records, where, prompt, mode)
+    lacking = [r for r in records if not free and (len(r.choices) < 2 or r.answer is None)]
     if lacking:
         raise UserError(
             f"{where}: {_some(lacking)} of {len(records)} items have no 'choices' (two or more) with an 'answer'",
-            'give every item "choices": [...] and "answer": INDEX, or put the others into a file of their own; free answers are not scored yet',
+            'give every item "choices": [...] and "answer": INDEX, or none of them choices (open answers)',
         )
     empty = [r for r in records if not all(choice.strip() for choice in r.choices)]
     if empty:
@@ -182,6 +188,7 @@ def refuse_unscorable(records: Sequence[Record], where: str, prompt: str) -> Non
     silent = [r for r in records if not r.prompt() or r.prompt()[-1].role != "user"]
     if silent:
         raise UserError(f"{where}: {_some(silent)} of {len(records)} items ask nothing", "end the prompt with a user turn")
+    return free
 
 
 def _some(records: Sequence[Record]) -> str:

@@ -22,7 +22,6 @@ from PIL import Image
 
 from intervale.core.errors import UserError
 from intervale.core.files import inside
-from intervale.core.lang import say
 from intervale.core.records import IMAGE, Message, Record
 from intervale.data.images import load_picture, picture_size
 from intervale.engine.api import ChatTurn, Photo, Request, Sampling, UpstreamRefusedError
@@ -121,9 +120,9 @@ class EndpointAsker:
         extra = {"extra": self.server.extra} if self.server.extra else {}
         return {"max_new_tokens": self.max_new_tokens if self.text else None, "max_tiles": None, **extra}
 
-    def seen(self, source: Path, records: Sequence[Record]) -> tuple[bool | None, str]:
-        """Nobody knows."""
-        return None, unknown()
+    @property
+    def folder(self) -> None:
+        """There is none."""
 
     def tiles_of(self, size: tuple[int, int]) -> int | None:
         """What a server makes of a picture is its own."""
@@ -161,11 +160,6 @@ class EndpointAsker:
             whole = isinstance(told, Whole) and told.first is not None
             line["scores"] = letter_scores(told.first, len(asking.record.choices)) if whole else None  # type: ignore[union-attr, arg-type]
         return line
-
-
-def unknown() -> str:
-    """Why nobody knows whether an endpoint has seen the items."""
-    return say("an endpoint does not say what it was trained on", "接口不会说明它用什么数据训练过")
 
 
 def line_of(told: Whole | UpstreamRefusedError) -> dict[str, Any]:

@@ -23,9 +23,12 @@ from intervale.engine.whole import Ask, Whole, ask_all
 from intervale.evaluate.ask import refuse_unscorable
 from intervale.evaluate.endpoint import TOP, EndpointAsker, letter_scores, line_of, once_answered, turns_of
 from intervale.evaluate.folder import SUMMARY, append_prediction, begin, in_order, open_folder, read_evaluation, read_predictions
+from intervale.evaluate.free import HEADLINE, score_free
+from intervale.evaluate.identity import picture_keys, pictures_digest, refuse_changed
 from intervale.evaluate.prompts import messages_for
+from intervale.evaluate.provenance import about
 from intervale.evaluate.run import picture_sizes, refuse_modes, summarise
-from intervale.evaluate.score import match_choice, most_likely, parse_letter, parse_official
+from intervale.evaluate.score import cut_tail, match_choice, most_likely, parse_letter, parse_official
 from intervale.evaluate.suite_folder import used
 from intervale.evaluate.suite_progress import Progress
 
@@ -42,18 +45,21 @@ class EndpointPlan:
     prompt: str
     mode: str
     out: Path
+    free: bool
+    pictures: tuple[tuple[str, ...], ...]  # digests of each record's
 
     def protocol(self) -> dict[str, Any]:
         """How every item is asked and scored: the keys of a local evaluation, and what is the endpoint's own."""
         own = {key: value for key, value in self.asker.protocol().items() if key not in ("max_new_tokens", "max_tiles")}
         likely = self.mode == "likelihood"
         new = None if likely else self.asker.max_new_tokens
+        headline = "sum" if likely else HEADLINE if self.free else None
         return {
             "prompt": self.prompt,
             "mode": self.mode,
             "max_new_tokens": new,
             "max_tiles": None,
-            "headline": "sum" if likely else None,
+            "headline": headline,
             **own,
         }
 
@@ -62,7 +68,7 @@ class EndpointPlan:
         return {
             "protocol": self.protocol(),
             "model": self.asker.identity(),
-            "data": {"items": len(self.records), "digest": data_digest(self.records)},
+            "data": {"items": len(self.records), "digest": data_digest(self.records), "pictures": pictures_digest(self.pictures)},
         }
 
 
@@ -75,10 +81,10 @@ def plan_endpoint(asker: EndpointAsker, data: Path, out: Path, *, prompt: str, m
             "add --prompt mcq, or use --mode strict",
         )
     records = read_records(data)[:limit]
-    refuse_unscorable(records, str(data), prompt)
+    free = refuse_unscorable(records, str(data), prompt, mode)
     picture_sizes(records)
     asker = replace(asker, text=mode != "likelihood", letters=mode == "likelihood")
-    return EndpointPlan(asker, data, tuple(records), prompt, mode, out)
+    return EndpointPlan(asker, data, tuple(records), prompt, mode, out, free, picture_keys(records))
 
 
 def evaluate_endpoint(job: EndpointPlan, *, fresh: bool, tell: Tell, on_answer: Callable[[], None] | None = None) -> dict[str, Any]:
@@ -96,6 +102,7 @@ def evaluate_endpoint(job: EndpointPlan, *, fresh: bool, tell: Tell, on_answer: 
             )
         if len(done) < len(job.records):
             _ask_rest(job, identity, state, done, tell, on_answer)
+        refuse_changed(job.records, job.pictures)
         lines = in_order(job.out, [record.id for record in job.records])
         summary = summarise([line | {"tokens": line["tokens"] or 0} for line in lines]) | {
             "refused": sum("refused" in line for line in lines),
@@ -103,9 +110,9 @@ def evaluate_endpoint(job: EndpointPlan, *, fresh: bool, tell: Tell, on_answer: 
             "protocol": identity["protocol"],
             "model": job.asker.about(),
             "data": {"file": str(job.data.resolve()), **identity["data"]},
+            **about(job.asker.folder, job.data, job.records, identity["data"], tell),
+            "versions": versions(),
         }
-        seen, why = job.asker.seen(job.data, job.records)
-        summary |= {"scored_on_training_items": seen, "scored_on_training_items_reason": why, "versions": versions()}
         if job.mode == "likelihood":
             unseen = sum(line["scores"] is None for line in lines)
             summary |= {"unseen": unseen, "ties": summary["ties"] - unseen}
@@ -117,6 +124,7 @@ def _ask_rest(
     job: EndpointPlan, identity: dict[str, Any], state: str, done: set[str], tell: Tell, on_answer: Callable[[], None] | None
 ) -> None:
     left = {record.id: record for record in job.records if record.id not in done}
+    keys = {record.id: list(own) for record, own in zip(job.records, job.pictures, strict=True)}
     top = TOP if job.mode == "likelihood" else 0
     asks = [Ask(name, functools.partial(_request, job, record), top) for name, record in left.items()]
     price = None if job.asker.prices is None else lambda prompt, new: job.asker.price(prompt, new) or 0.0
@@ -131,7 +139,7 @@ def _ask_rest(
                 for name, told in together:
                     first = told.first if isinstance(told, Whole) else None
                     line = line_of(told)
-                    append_prediction(job.out, _scored(job, left[name], line, first))
+                    append_prediction(job.out, _scored(job, left[name], line, first) | {"pictures": keys[name]})
                     lines.append({"key": name, **line})
                     done.add(name)
                     if on_answer:
@@ -155,6 +163,8 @@ def _scored(job: EndpointPlan, record: Record, line: dict[str, Any], first: tupl
         scores = letter_scores(first, len(record.choices)) if first else None
         parsed = most_likely(scores) if scores else None
         told = {"scores": [{"sum": value, "mean": value, "tokens": 1} for value in scores] if scores else None, "parsed_mean": parsed}
+    elif job.free:
+        told, parsed = {"reference": cut_tail(record.reference()), **score_free(line["raw"], record.reference())}, None
     elif job.prompt == "open":
         parsed = match_choice(line["raw"], record.choices)
     else:
@@ -170,6 +180,6 @@ def _scored(job: EndpointPlan, record: Record, line: dict[str, Any], first: tupl
         **line,
         **told,
         "parsed": parsed,
-        "correct": parsed == record.answer,
+        "correct": told[HEADLINE] if job.free else parsed == record.answer,
         "tags": record.tags,
     }

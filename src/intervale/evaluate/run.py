@@ -35,8 +35,10 @@ from intervale.evaluate.folder import (
     read_evaluation,
     read_predictions,
 )
+from intervale.evaluate.free import HEADLINE, free_numbers
+from intervale.evaluate.identity import picture_keys, pictures_digest, refuse_changed
 from intervale.evaluate.kept_features import FEATURES, begun_with, kept_features
-from intervale.evaluate.provenance import model_identity, scored_on_training_items
+from intervale.evaluate.provenance import about, model_identity
 from intervale.evaluate.statistics import wilson
 from intervale.model.load import Model, as_device, as_dtype, load_model, load_text_side, narrow, resolve_model
 
@@ -60,6 +62,7 @@ class Plan:
     device: str
     dtype: torch.dtype
     out: Path
+    pictures: tuple[tuple[str, ...], ...]  # digests of each record's
     features: Path | None = None
 
     def identity(self) -> dict[str, Any]:
@@ -71,7 +74,7 @@ class Plan:
                 "min_tiles": self.tiling.min_tiles,
                 "precision": str(self.dtype).removeprefix("torch."),
             },
-            "data": {"items": len(self.records), "digest": data_digest(self.records)},
+            "data": {"items": len(self.records), "digest": data_digest(self.records), "pictures": pictures_digest(self.pictures)},
         }
 
 
@@ -106,15 +109,17 @@ def plan(
     """
     refuse_modes(prompt, mode)
     records = read_records(data)[:limit]
-    refuse_unscorable(records, str(data), prompt)
+    free = refuse_unscorable(records, str(data), prompt, mode)
     sizes = picture_sizes(records)
     tiling = narrow(load_text_side(model).tiling, None, max_tiles)
     tiles = tuple(tuple(tiling.tiles_of(*size) for size in own) for own in sizes)
     device = str(as_device(device))
     dtype = as_dtype(precision) if precision != "auto" else torch.bfloat16 if device.startswith("cuda") else torch.float32
     likely = mode == "likelihood"
-    protocol = Protocol(prompt, mode, None if likely else max_new_tokens, tiling.max_tiles, "sum" if likely else None)
-    return Plan(model, resolve_model(model), data, tuple(records), tiles, protocol, tiling, device, dtype, out, features)
+    headline = "sum" if likely else HEADLINE if free else None
+    protocol = Protocol(prompt, mode, None if likely else max_new_tokens, tiling.max_tiles, headline)
+    pictures = picture_keys(records)
+    return Plan(model, resolve_model(model), data, tuple(records), tiles, protocol, tiling, device, dtype, out, pictures, features)
 
 
 def picture_sizes(records: Sequence[Record]) -> list[list[tuple[int, int]]]:
@@ -150,15 +155,17 @@ def _evaluate(job: Plan, fresh: bool, tell: Tell) -> dict[str, Any]:
     if len(done) < len(job.records):
         model = load_model(job.folder, dtype=job.dtype, device=job.device, max_tiles=job.protocol.max_tiles)
         _ask_rest(job, model, identity, state, done, tell)
+    refuse_changed(job.records, job.pictures)
     # Read back, so that a straight run and a continued one sum up the very same numbers.
     lines = in_order(job.out, [record.id for record in job.records])
-    summary = summarise(lines) | _about(job, identity)
+    summary = summarise(lines) | _about(job, identity, tell)
     write_json(job.out / SUMMARY, summary)
     return summary
 
 
 def _ask_rest(job: Plan, model: Model, identity: dict[str, Any], state: str, done: dict[str, dict[str, Any]], tell: Tell) -> None:
     """Ask every batch that is not all on file, and write the lines that are missing."""
+    keys = {record.id: list(own) for record, own in zip(job.records, job.pictures, strict=True)}
     batches = batches_of([question_of(model, record, own, job.protocol) for record, own in zip(job.records, job.tiles, strict=True)])
     kept = kept_features(model, job.records, job.features, begun_with(job.out, len(done)), tell)
     features = Features(model, batches, kept, tell)
@@ -175,7 +182,7 @@ def _ask_rest(job: Plan, model: Model, identity: dict[str, Any], state: str, don
                 write_json(job.out / FEATURES, kept.told())
             for line in lines:
                 if line["id"] not in done:
-                    append_prediction(job.out, line)
+                    append_prediction(job.out, line | {"pictures": keys[line["id"]]})
                     progress.step(line)
     except KeyboardInterrupt:
         tell(say(f"stopped after {progress.done} of {len(job.records)} items; the same command continues",
@@ -209,8 +216,8 @@ class _Progress:
 
 
 def score(lines: Sequence[dict[str, Any]], parsed: str = "parsed") -> dict[str, Any]:
-    """{n, correct, accuracy, interval} of predictions, by their `parsed` (or `parsed_mean`) choice."""
-    correct = sum(line[parsed] == line["answer"] for line in lines)
+    """{n, correct, accuracy, interval} of predictions, by their `parsed` (or `parsed_mean`) choice; open answers have their own verdict."""
+    correct = sum(line[parsed] == line["answer"] if line["choices"] else line["correct"] for line in lines)
     return {"n": len(lines), "correct": correct, "accuracy": correct / len(lines), "interval": list(wilson(correct, len(lines)))}
 
 
@@ -228,6 +235,9 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     most = max(len(line["choices"]) for line in lines)
     likely = lines[0]["mode"] == "likelihood"
     found: dict[str, Any] = {"kind": "intervale evaluation", **score(lines)}
+    spent = {"tokens": sum(line["tokens"] for line in lines), "seconds": round(sum(line["seconds"] for line in lines), 2)}
+    if not most:
+        return found | free_numbers(lines) | {"chance": None, "tags": per_tag(lines), **spent}
     if likely:
         found |= {"headline": "sum", "accuracies": {"sum": score(lines), "mean": score(lines, "parsed_mean")}}
         found |= {"unparsed": 0, "ties": sum(line["parsed"] is None for line in lines)}
@@ -238,20 +248,17 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "tags": per_tag(lines),
         "predicted_positions": positions([line["parsed"] for line in lines], most),
         "right_positions": positions([line["answer"] for line in lines], most),
-        "tokens": sum(line["tokens"] for line in lines),
-        "seconds": round(sum(line["seconds"] for line in lines), 2),
+        **spent,
     }
 
 
-def _about(job: Plan, identity: dict[str, Any]) -> dict[str, Any]:
+def _about(job: Plan, identity: dict[str, Any], tell: Tell) -> dict[str, Any]:
     """What was scored, on what, with what."""
-    seen, why = scored_on_training_items(job.folder, job.data, job.records)
     return {
         "protocol": identity["protocol"],
         "model": {"name": job.name, "folder": str(job.folder.resolve()), **identity["model"], "device": job.device},
         "data": {"file": str(job.data.resolve()), **identity["data"]},
         "features_read": len(begun_with(job.out, len(job.records)) or ()),
-        "scored_on_training_items": seen,
-        "scored_on_training_items_reason": why,
+        **about(job.folder, job.data, job.records, identity["data"], tell),
         "versions": versions(),
     }

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from intervale.core.errors import UserError, nearest
 from intervale.core.files import inside, locked, write_json
 from intervale.core.lang import say
-from intervale.core.records import Record, data_digest
+from intervale.core.records import data_digest
 from intervale.evaluate.foodieqa import (
     AS_IS,
     LANGUAGES,
@@ -30,6 +30,7 @@ from intervale.evaluate.foodieqa import (
     prompts_of,
     view_applies,
 )
+from intervale.evaluate.identity import pictures_digest, refuse_changed
 from intervale.evaluate.suite_data import Part, SuiteData
 from intervale.evaluate.suite_folder import append_answer, begin_suite, open_suite, read_answers, write_suite
 from intervale.evaluate.suite_progress import Progress
@@ -89,8 +90,9 @@ class Asker(Protocol):
         """How it is asked, as far as that is the asker's."""
         ...
 
-    def seen(self, source: Path, records: Sequence[Record]) -> tuple[bool | None, str]:
-        """Whether these are training items, and why one thinks so."""
+    @property
+    def folder(self) -> Path | None:
+        """Where the model lies; None for one behind an address, of which nothing is known."""
         ...
 
     def tiles_of(self, size: tuple[int, int]) -> int | None:
@@ -216,8 +218,8 @@ def identity_of(data: SuiteData, askings: Sequence[Asking], asker: Asker, settin
     """What must be equal for two runs to be one: the content of the suite's protocol.json."""
     files: dict[str, Any] = {}
     for part in data.parts:
-        plains = [plain for _, plain in part.items]
-        files[f"{part.task}-{part.language}"] = {"items": len(plains), "digest": data_digest(plains)}
+        plains, pictures = part.plains, pictures_digest([data.keys[plain.images] for plain in part.plains])
+        files[f"{part.task}-{part.language}"] = {"items": len(plains), "digest": data_digest(plains), "pictures": pictures}
     return {
         "suite": "foodieqa",
         "prompts_digest": prompts_digest(),
@@ -253,7 +255,9 @@ def run_suite(
             tell(say(f"continuing: {len(done)} of {len(askings)} askings are done", f"继续：{len(askings)} 次提问中已完成 {len(done)} 次"))
         if len(done) < len(askings):
             _ask_rest(askings, data, asker, identity, out, state, set(done), tell, on_answer)
-        return write_suite(out, data, settings, asker, identity, askings)
+        for part in data.parts:
+            refuse_changed(part.plains, [data.keys[plain.images] for plain in part.plains])
+        return write_suite(out, data, settings, asker, identity, askings, tell)
 
 
 def _ask_rest(

@@ -22,6 +22,7 @@ from intervale.data.foodieqa import FILES, find_source
 from intervale.data.formats import Fault, entries, fault_of
 from intervale.data.images import load_picture, picture_size
 from intervale.evaluate.foodieqa import TASKS, languages_of, plain_record
+from intervale.evaluate.identity import picture_keys
 
 NO_ENGLISH = "no English"
 _SHOWN = 20
@@ -40,13 +41,19 @@ class Part:
     left_out: tuple[Fault, ...]
     not_chosen: int
 
+    @property
+    def plains(self) -> list[Record]:
+        """The plain records alone."""
+        return [plain for _, plain in self.items]
+
 
 @dataclass(frozen=True)
 class SuiteData:
-    """All parts, and the (width, height) of every picture in them, upright."""
+    """All parts, the (width, height) of every picture in them, upright, and the digests of each record's pictures, by their names."""
 
     parts: tuple[Part, ...]
     sizes: dict[Path, tuple[int, int]]
+    keys: dict[tuple[str, ...], tuple[str, ...]]
 
 
 def tasks_in(src: Path, wanted: Sequence[str]) -> list[str]:
@@ -96,7 +103,9 @@ def read_suite(
         _refuse([fault for part in parts for fault in part.left_out if fault.kind != NO_ENGLISH])
     if not any(part.items for part in parts):
         raise UserError(f"{src}: no item is left to ask", "choose other --tasks, --langs or --items")
-    return SuiteData(tuple(parts), sizes)
+    plains = [plain for part in parts for plain in part.plains]
+    keys = dict(zip((plain.images for plain in plains), picture_keys(plains), strict=True))  # all lie below one folder
+    return SuiteData(tuple(parts), sizes, keys)
 
 
 def _part(

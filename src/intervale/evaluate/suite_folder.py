@@ -23,6 +23,8 @@ from intervale.core.records import data_digest
 from intervale.core.runlog import differences, versions
 from intervale.evaluate.folder import PREDICTIONS, PROTOCOL, SUMMARY
 from intervale.evaluate.foodieqa import Asking
+from intervale.evaluate.identity import pictures_digest
+from intervale.evaluate.provenance import about
 from intervale.evaluate.run import summarise
 from intervale.evaluate.suite_score import COUNTS, circular, mode_counts, read_answer, shown_positions, tables
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from intervale.evaluate.suite import Asker, Settings
     from intervale.evaluate.suite_data import Part, SuiteData
 
+Tell = Callable[[str], None]
 ANSWERS, SUITE = "answers.jsonl", "suite.json"
 
 
@@ -97,7 +100,7 @@ def combination_folder(combination: Sequence[str], mode: str) -> str:
 
 
 def write_suite(
-    out: Path, data: SuiteData, settings: Settings, asker: Asker, identity: dict[str, Any], askings: Sequence[Asking]
+    out: Path, data: SuiteData, settings: Settings, asker: Asker, identity: dict[str, Any], askings: Sequence[Asking], tell: Tell
 ) -> dict[str, Any]:
     """Make everything from the answers on file: the combinations' folders, then suite.json, which is returned."""
     answers = {answer["key"]: answer for answer in read_answers(out)}
@@ -106,13 +109,18 @@ def write_suite(
         groups.setdefault(asking.combination, []).append(asking)
     parts = {(part.task, part.language): part for part in data.parts}
     model = asker.about()
-    abouts = {key: {"model": model, **_seen(part, asker)} for key, part in parts.items()}
+    facts = {key: identity["data"]["-".join(key)] for key in parts}
+    abouts = {key: {"model": model, **about(asker.folder, part.source, part.plains, facts[key], tell)} for key, part in parts.items()}
     rows: list[dict[str, Any]] = []
     turns: dict[tuple[str, str, str, str, str], dict[str, list[dict[str, Any]]]] = {}
     for combination, own in groups.items():
         task, language, view, prompt, turn = combination
         for mode in settings.modes:
-            read = [read_answer(asking, answers[asking.key], mode, settings.fallback, settings.seed) for asking in own]
+            read = [
+                read_answer(asking, answers[asking.key], mode, settings.fallback, settings.seed)
+                | {"pictures": data.keys[asking.plain.images]}
+                for asking in own
+            ]
             protocol = _protocol(combination, mode, settings, asker.protocol())
             where = out / combination_folder(combination, mode)
             summary = _write_combination(where, read, protocol, parts[task, language], abouts[task, language], identity["model"])
@@ -125,12 +133,6 @@ def write_suite(
     }  # fmt: skip
     write_json(out / SUITE, found)
     return found
-
-
-def _seen(part: Part, asker: Asker) -> dict[str, Any]:
-    plains = [plain for _, plain in part.items]
-    seen, why = asker.seen(part.source, plains)
-    return {"scored_on_training_items": seen, "scored_on_training_items_reason": why}
 
 
 def _protocol(combination: Sequence[str], mode: str, settings: Settings, limits: dict[str, Any]) -> dict[str, Any]:
@@ -148,15 +150,18 @@ def _protocol(combination: Sequence[str], mode: str, settings: Settings, limits:
 
 
 def _write_combination(
-    folder: Path, lines: list[dict[str, Any]], protocol: dict[str, Any], part: Part, about: dict[str, Any], identity: dict[str, Any]
+    folder: Path, lines: list[dict[str, Any]], protocol: dict[str, Any], part: Part, told: dict[str, Any], identity: dict[str, Any]
 ) -> dict[str, Any]:
     """A combination's folder as a finished evaluation; its summary."""
     asked = {line["id"] for line in lines}
-    facts = {"items": len(lines), "digest": data_digest([plain for _, plain in part.items if plain.id in asked])}
+    facts: dict[str, Any] = {"items": len(lines), "digest": data_digest([plain for plain in part.plains if plain.id in asked])}
+    facts["pictures"] = pictures_digest([line["pictures"] for line in lines])
+    told = told | {"hashes": told["hashes"] | {"data": facts["digest"], "pictures": facts["pictures"]}}
+    told["seeds"] = told["seeds"] | {"evaluation": protocol.get("seed")}
     counts = mode_counts(lines, protocol["mode"], protocol.get("fallback", ""))
     summary = {
         **summarise([line | {"tokens": line["tokens"] or 0} for line in lines]), **counts, **shown_positions(lines),
-        "protocol": protocol, "data": {"file": str(part.source.resolve()), **facts}, **about, "versions": versions(),
+        "protocol": protocol, "data": {"file": str(part.source.resolve()), **facts}, **told, "versions": versions(),
     }  # fmt: skip
     write_json(folder / PROTOCOL, {"protocol": protocol, "model": identity, "data": facts})
     write_atomic(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))

@@ -31,7 +31,7 @@ from intervale.evaluate.batches import Question, batches_of, rows_of
 from intervale.evaluate.features import Features
 from intervale.evaluate.foodieqa import Asking
 from intervale.evaluate.kept_features import FEATURES, begun_with, kept_features
-from intervale.evaluate.provenance import model_identity, scored_on_training_items
+from intervale.evaluate.provenance import model_identity
 from intervale.evaluate.suite import Answers, Tell
 from intervale.model.load import Model, as_device, as_dtype, load_model, load_text_side, narrow, resolve_model
 
@@ -85,10 +85,6 @@ class LocalAsker:
     def protocol(self) -> dict[str, Any]:
         """How it is asked."""
         return {"max_new_tokens": self.max_new_tokens if self.text else None, "max_tiles": self.tiling.max_tiles}
-
-    def seen(self, source: Path, records: Sequence[Record]) -> tuple[bool | None, str]:
-        """Whether these are training items, and why one thinks so."""
-        return scored_on_training_items(self.folder, source, records)
 
     def tiles_of(self, size: tuple[int, int]) -> int:
         """Into how many tiles a picture of (width, height) is cut."""
