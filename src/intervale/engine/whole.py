@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+from intervale.core.wire import to_json
 from intervale.engine.api import EngineError, Request, UpstreamRefusedError
 from intervale.engine.remote import RetryError, refusal, request_json
 
@@ -160,7 +161,7 @@ def _body(server: Server, request: Request, ask: Ask) -> bytes:
     body = request_json(request, server.model) | {"stream": False}
     body |= {"logprobs": True, "top_logprobs": ask.top} if ask.top else {}
     body |= ask.extra | server.extra
-    return json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+    return to_json({name: value for name, value in body.items() if value is not None})
 
 
 async def _try(client: httpx.AsyncClient, server: Server, body: bytes, top: int, began: float) -> Whole:
