@@ -88,8 +88,10 @@ def ask_all(server: Server, asks: Sequence[Ask]) -> Generator[list[Answered], No
                 if isinstance(one, Exception):
                     raise one
     finally:
-        crowd.cancel()
-        loop.run_until_complete(asyncio.gather(crowd, return_exceptions=True))
+        left_over = {crowd, *asyncio.all_tasks(loop)}  # after a Ctrl-C also what was being waited for
+        for task in left_over:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*left_over, return_exceptions=True))
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
