@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from test_endpoint import after, contents, timeless
 from conftest import run_command
 from foodie_fixture import write_foodieqa
 from intervale.core.errors import UserError
+from intervale.core.records import data_digest, read_records
+from intervale.data.foodieqa import read_foodieqa
+from intervale.data.writer import write_dataset
 from intervale.evaluate import batches
 from intervale.evaluate.compare import compare
 from intervale.evaluate.folder import read_evaluation
@@ -180,6 +184,21 @@ def test_a_combination_is_an_evaluation_that_compare_reads(tiny: Path, run_folde
     assert (found["n"], found["chance"], found["protocol"]["wording"]) == (12, 0.25, "0")
     with pytest.raises(UserError, match=r"protocol\.task"):
         compare(tmp_path / "before" / "mivqa-zh" / "0-likelihood", tmp_path / "after" / "sivqa-zh" / "0-likelihood")
+
+
+@pytest.mark.parametrize("task", ["sivqa", "mivqa", "textqa"])
+def test_items_the_model_was_trained_on_are_found_again(tiny: Path, tmp_path: Path, task: str) -> None:
+    write_foodieqa(tmp_path / "src", traps=False)
+    write_dataset(read_foodieqa(tmp_path / "src", task), tmp_path / "data", fraction=0.0, seed=0, skip_bad=False, about={"task": task})
+    records = read_records(tmp_path / "data" / "train.jsonl")
+    shutil.copytree(tiny, tmp_path / "tuned")
+    told = {"train": {"file": str(tmp_path / "data" / "train.jsonl"), "items": len(records), "digest": data_digest(records)}}
+    (tmp_path / "tuned" / "intervale.json").write_text(json.dumps(told))
+    settings = Settings(prompts=("0",), modes=("likelihood",))
+    for model, seen in ((tmp_path / "tuned", True), (tiny, None)):
+        suite = go(str(model), tmp_path / "src", tmp_path / f"out-{seen}", settings, tasks=(task,), limit=2)
+        zh = [row for row in suite["combinations"] if row["language"] == "zh"]
+        assert [row["scored_on_training_items"] for row in zh] == [seen]
 
 
 def test_another_suite_is_refused_by_name_and_a_finished_one_only_read(tiny: Path, foodie: Path, tmp_path: Path) -> None:

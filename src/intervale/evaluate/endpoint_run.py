@@ -145,9 +145,10 @@ def _ask_rest(
                     if on_answer:
                         on_answer()
                 progress.step(lines)
-    except KeyboardInterrupt:
-        tell(say(f"stopped after {len(done)} of {len(job.records)} items; the same command continues",
-                 f"已停止：完成 {len(done)} / {len(job.records)} 条；再次运行同一命令即可继续"))  # fmt: skip
+    except (KeyboardInterrupt, UserError):
+        if done:
+            tell(say(f"stopped after {len(done)} of {len(job.records)} items; the same command continues",
+                     f"已停止：完成 {len(done)} / {len(job.records)} 条；再次运行同一命令即可继续"))  # fmt: skip
         raise
 
 

@@ -193,7 +193,8 @@ def cost(data: SuiteData, askings: Sequence[Asking], asker: Asker, settings: Set
     shown = [data.sizes[path] for path in _pictures(askings)]
     tiles = [asker.tiles_of(size) for size in shown]
     known = sum(count for count in tiles if count is not None)
-    cut = say(f" ({known} tiles)", f"（{known} 个图块）") if None not in tiles and tiles else ""
+    times = sum(len(asking.record.images) for asking in askings)
+    cut = say(f" ({known} tiles)", f"（{known} 个图块）") if None not in tiles else say(f", sent {times} times", f"，共发送 {times} 次")
     ways = [say("one answer each", "每次一个回答")] * settings.text + [say("the letters scored", "字母打分")] * settings.letters
     lines.append(say(f"in all {len(askings)} askings ({', '.join(ways)}), {len(shown)} different pictures{cut}; "
                      "the time is told after the first few",
@@ -285,8 +286,9 @@ def _ask_rest(
                     if on_answer:
                         on_answer()
                 progress.step(new)
-    except KeyboardInterrupt:
-        tell(say(f"stopped after {len(done)} of {len(askings)} askings; the same command continues",
-                 f"已停止：完成 {len(done)} / {len(askings)} 次提问；再次运行同一命令即可继续"))  # fmt: skip
+    except (KeyboardInterrupt, UserError):
+        if done:
+            tell(say(f"stopped after {len(done)} of {len(askings)} askings; the same command continues",
+                     f"已停止：完成 {len(done)} / {len(askings)} 次提问；再次运行同一命令即可继续"))  # fmt: skip
         raise
     assert wanted <= done, "an asker answers everything or raises"

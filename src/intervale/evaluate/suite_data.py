@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from intervale.core.errors import UserError
 from intervale.core.files import inside
 from intervale.core.records import IMAGE, Record, read_records
 from intervale.data.foodie_items import Item, has_english, read_item
-from intervale.data.foodieqa import FILES, find_source
+from intervale.data.foodieqa import FILES, find_source, sample_of
 from intervale.data.formats import Fault, entries, fault_of
 from intervale.data.images import load_picture, picture_size
 from intervale.evaluate.foodieqa import TASKS, languages_of, plain_record
@@ -45,6 +45,14 @@ class Part:
     def plains(self) -> list[Record]:
         """The plain records alone."""
         return [plain for _, plain in self.items]
+
+    def as_trained(self) -> list[Record]:
+        """The items in the words of `prepare foodieqa`: a training file that came from there has the same ones."""
+        found = []
+        for number, (item, plain) in enumerate(self.items, 1):
+            sample = sample_of(item, self.task, self.language, None, number, plain.root)
+            found.append(replace(sample.record, images=plain.images, root=plain.root, where=plain.where))
+        return found
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def write_suite(
     parts = {(part.task, part.language): part for part in data.parts}
     model = asker.about()
     facts = {key: identity["data"]["-".join(key)] for key in parts}
-    abouts = {key: {"model": model, **about(asker.folder, part.source, part.plains, facts[key], tell)} for key, part in parts.items()}
+    abouts = {key: {"model": model, **about(asker.folder, part.source, part.as_trained(), facts[key], tell)} for key, part in parts.items()}
     rows: list[dict[str, Any]] = []
     turns: dict[tuple[str, str, str, str, str], dict[str, list[dict[str, Any]]]] = {}
     for combination, own in groups.items():
