@@ -81,9 +81,9 @@ def test_items_share_a_row_by_what_their_prompts_begin_with_wherever_they_stand_
 
 def test_a_second_picture_that_differs_is_shared_up_to_it_and_texts_share_too() -> None:
     two = [about("x", 1, "a.png", "b.png", 2), about("y", 1, "a.png", "c.png", 2), about("z", 1, "b.png", "a.png", 2)]
-    assert rows(batches_of(two)) == [[["x", "y"], ["z"]]]  # 101 of 202 positions: half is enough
-    two[1] = about("y", 1, "a.png", "c.png", 2, 3)
-    assert rows(batches_of(two)) == [[["x"], ["y"], ["z"]]]
+    assert rows(batches_of(two)) == [[["x"], ["y"], ["z"]]]  # more than twice what is shared is behind it
+    some = [about("x", 1, "a.png", 7, *range(70)), about("y", 1, "a.png", 8, *range(90)), about("z", 1, "a.png", 9, *range(120))]
+    assert rows(batches_of(some)) == [[["x", "y"], ["z"]]]  # 101 are half of 172 and 192, not of 222
     long_ = [about("x", 1, "a.png", "b.png", *range(300)), about("y", 1, "a.png", "b.png", *range(290))]
     assert rows(batches_of(long_)) == [[["x", "y"]]]
     texts = [about("s", *range(40), 7), about("t", *range(40), 8, 9), about("u", 5, *range(40))]
@@ -91,8 +91,10 @@ def test_a_second_picture_that_differs_is_shared_up_to_it_and_texts_share_too() 
 
 
 def test_a_row_is_split_where_it_would_be_over_the_limits() -> None:
-    many = batches_of([about(f"{n}", 1, "a.png", n + 2, tiles=100) for n in range(ROWS + 6)])
+    many = batches_of([about(f"{n}", 1, "a.png", n + 2, tiles=800) for n in range(ROWS + 6)])
     assert [[len(row) for row in batch] for batch in rows(many)] == [[ROWS], [6]]
+    short = batches_of([about(f"{n}", 1, "a.png", n + 2, tiles=100) for n in range(40)])
+    assert [[len(row) for row in batch] for batch in rows(short)] == [[18, 18, 4]]  # 18 x 11 positions behind 101, 19 would be 209
     wide = batches_of([about(f"{n}", 1, "a.png", n + 2, new=1000, tiles=3000) for n in range(7)])
     assert [[len(row) for row in batch] for batch in rows(wide)] == [[5], [2]]
     for batch in [*many, *wide]:

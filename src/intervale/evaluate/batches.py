@@ -19,6 +19,9 @@ from intervale.core.records import Record
 # it some 50 and its answer more: two such pictures with a few questions each are asked together, one with many, or 64 short items.
 TOKENS = 8192
 ROWS = 64  # items of a batch
+# What stands behind a shared beginning is held against all of the row, though it sees its own way alone. Twice the beginning, or so many
+# positions, keep that small beside what is saved: 128 keys cost a ninth of what else a position costs in nano, a 128th in InternVL2-2B.
+BEHIND = 128
 WINDOW = 512  # items that are sorted among themselves: many batches even of short ones, and still roughly the data's order
 KEPT_PICTURES = 16  # beyond the batch that needs them; 13 tiles of InternVL2-2B's features are 14 MB in bfloat16
 
@@ -76,13 +79,13 @@ class _Row:
         return question.picture_tokens or question.tokens
 
     def takes(self, question: Question, trunk: int, total: int) -> bool:
-        """May it join, which would make the row that long? Worth it if at least half of every prompt is shared: behind the trunk each
-        prompt costs its own tokens, and the attention a little for those of the others, which it does not see."""
+        """May it join, which would make the row that long? Worth it if at least half of every prompt is shared, and not too much is behind."""
         first = self.members[0][1]
         alike = question.beyond == first.beyond and not question.crosses and not first.crosses
         within = question.turn is None or not question.beyond or trunk > question.turn
         worth = bool(question.outline) and 2 * trunk >= max(own.tokens for _, own in [*self.members, (0, question)])
-        return alike and within and worth and len(self.members) < ROWS and total <= TOKENS
+        room = len(self.members) < ROWS and total <= TOKENS and total - trunk <= max(2 * trunk, BEHIND)
+        return alike and within and worth and room
 
 
 def _outlines(window: Sequence[Question]) -> tuple[list[tuple[int, ...]], dict[int, int]]:
