@@ -21,6 +21,7 @@ _TAGS = {
 }
 _QUESTIONS = {
     "name": ("name of the thing", "名称"),
+    "food_name": ("name of the dish", "菜名"),
     "category": ("kind of food", "类别"),
     "cuisine": ("cuisine", "菜系"),
     "cuisine_type": ("cuisine", "菜系"),

@@ -15,11 +15,14 @@ def _why(code: str, told: dict[str, Any], n: int) -> str:
     items = told["items"]
     return {
         "languages": say("our items are Chinese and English mixed, theirs Chinese alone", "我们的题目中英混合，对方只有中文"),
-        "items": say(f"we scored {n} items, they {items}", f"我们评测了 {n} 题，对方 {items} 题"),
+        "items": say(
+            f"we scored {n} items, they {items} (whether ours are among theirs is not checked)",
+            f"我们评测了 {n} 题，对方 {items} 题（未核对是否属于其中）",
+        ),
         "options": say("our model did not see the options, theirs did", "我们的模型没有看到选项，对方看到了"),
         "view": say("our model did not see the pictures as they are, or was told the dish", "我们的模型没有按原样看图，或被告知了菜名"),
         "likelihood": say("ours is the most likely choice, theirs a written answer", "我们取似然最高的选项，对方是写出的回答"),
-        "trained": say("our model was trained on these items", "我们的模型在这些题目上训练过"),
+        "trained": say("ours is a score on training items", "我们的成绩是在训练数据上得到的"),
         "unknown": say("whether our model was trained on these items is not known", "不清楚我们的模型是否在这些题目上训练过"),
     }.get(code, code)
 
