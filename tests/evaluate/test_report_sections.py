@@ -180,6 +180,7 @@ def test_published_results_stand_beside_a_comparable_score(tmp_path: Path) -> No
     assert (found["published"]["column"], found["published"]["differs"]) == ("sivqa zh", [])
     told = text_of(found)
     assert "GPT-4o" in told
+    assert "ours is asked in other words" in told
     assert "72.7%" in told
     assert "2024.emnlp-main.1063" in told
     assert "Not comparable" not in told
@@ -214,6 +215,8 @@ def test_the_suites_own_protocol_is_known_by_its_settings(tmp_path: Path) -> Non
     assert (found["published"]["column"], found["published"]["differs"]) == ("sivqa en", [])
     told = text_of(found)
     assert "FoodieQA's prompts; strict answers; at most 64 new tokens; at most 6 tiles a picture; task sivqa; in English; wording 2" in told
+    assert "ours is asked with one of these prompts" in told
+    assert "the forced beginning opens the answer" in told
     blind = tmp_path / "blind"
     blind.mkdir()
     assert foodie(blind, 256, protocol=suite | {"view": "blind"})["published"]["differs"] == ["view"]

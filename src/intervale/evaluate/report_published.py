@@ -59,11 +59,17 @@ def published_html(found: dict[str, Any]) -> str:
     faults = "".join(f"<li>{_why(code, told, found['n'])}</li>" for code in told["differs"])
     verdict = say("Not comparable with ours:", "与我们的结果不可直接比较：")
     note = f'<div class="note"><strong>{verdict}</strong><ul>{faults}</ul></div>' if faults else ""
+    same = found["protocol"]["prompt"] == "foodieqa"
+    wording = (
+        ("ours is asked with one of these prompts", "我们使用其中一种提问")
+        if same
+        else ("ours is asked in other words", "我们的提问措辞不同")
+    )
     about = say(
         f"Column “{told['column']}” of the tables of results ({told['source']}); {told['paper']}. The authors report the best of four prompts on these very items and read the first letter of an "
-        "answer, so their numbers lean upwards; the prompts' wording differs from ours. Intervals: Wilson, 95%, from the counts that the percentages round to; the models answered "
+        f"answer, so their numbers lean upwards; {wording[0]}. Intervals: Wilson, 95%, from the counts that the percentages round to; the models answered "
         "the same items, but which ones is not published, so no paired test is possible.",
         f"数据来自 {told['source']} 的结果表，“{told['column']}” 一列；论文：{told['paper']}。作者报告的是在同一批题目上四种提问方式中的最高分，并取回答的首个字母，因此偏高；"
-        "提问措辞与我们不同。区间：Wilson 95%，由百分比反推的题数得出；各模型答对了哪些题没有公布，因此无法作配对检验。",
+        f"{wording[1]}。区间：Wilson 95%，由百分比反推的题数得出；各模型答对了哪些题没有公布，因此无法作配对检验。",
     )
     return f'<section class="long"><h2>{say("Beside published results", "与已发表结果对照")}</h2>{note}<div>{body}</div><p class="soft">{about}</p></section>'
