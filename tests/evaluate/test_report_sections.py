@@ -210,6 +210,7 @@ def test_the_suites_own_protocol_is_known_by_its_settings(tmp_path: Path) -> Non
         "view": "picture",
         "wording": "2",
         "turn": "as-is",
+        "prefix_as": "assistant",
     }
     found = foodie(tmp_path, 256, card={"made_by": "hand"}, protocol=suite)
     assert (found["published"]["column"], found["published"]["differs"]) == ("sivqa en", [])
