@@ -70,6 +70,29 @@ def test_other_pictures_are_not_the_same_nor_is_another_colour_of_one_drawing(tm
     assert counts([item(tmp_path / "e", "1", "b.png"), item(tmp_path / "e", "2", "green.png")], training) == {"question": 2}
 
 
+def test_a_copy_of_one_of_several_copies_is_found_whichever_was_asked_about(tmp_path: Path) -> None:
+    """Augmented copies in training: the question was asked about the second one only."""
+    drawn(tmp_path / "t" / "a.png", 1)
+    picture = Image.open(tmp_path / "t" / "a.png").convert("RGB")
+    picture.resize((200, 150)).save(tmp_path / "t" / "b.png")
+    (tmp_path / "e").mkdir()
+    picture.save(tmp_path / "e" / "c.jpg", quality=60)
+    training = [item(tmp_path / "t", "1", "a.png", "How hot?"), item(tmp_path / "t", "2", "b.png", "What is it?")]
+    assert counts([item(tmp_path / "e", "1", "c.jpg", "What is it?")], training) == {"near": 1}
+
+
+def test_the_same_pictures_as_options_in_another_order_are_the_same_item(tmp_path: Path) -> None:
+    for n in range(3):
+        drawn(tmp_path / f"{n}.png", n)
+
+    def options(name: str, *numbers: int) -> Record:
+        turns = (Message("user", "<image><image>\nWhich is sour?"), Message("assistant", "A"))
+        return Record(name, turns, tuple(f"{n}.png" for n in numbers), where=f"d:{name}", root=tmp_path)
+
+    assert counts([options("1", 1, 0)], [options("1", 0, 1)]) == {"exact": 1}
+    assert counts([options("1", 1, 2)], [options("1", 0, 1)]) == {"picture": 1}
+
+
 def test_plain_surfaces_are_told_apart_by_their_bytes_alone(tmp_path: Path) -> None:
     for name, level in (("a", 200), ("b", 204)):
         Image.new("RGB", (64, 64), (level, level, level)).save(tmp_path / f"{name}.png")

@@ -104,6 +104,17 @@ def test_anothers_readme_is_kept_and_ours_is_replaced(exported: Path, tmp_path: 
     assert write_card(exported, [told]).read_text() != first
 
 
+def test_the_bases_licence_goes_along(exported: Path, tmp_path: Path) -> None:
+    told = read_report(report(tmp_path))
+    (exported / "README.base.md").write_text("---\nlicense: mit\n---\n# base\n")
+    card = write_card(exported, [told])
+    assert ModelCard.load(card).data.license == "mit"
+    assert "(README.base.md)" in card.read_text()
+    for odd in ("no front matter", "---\nlicense: [\n---\n"):
+        (exported / "README.base.md").write_text(odd)
+        assert ModelCard.load(write_card(exported, [told])).data.license is None
+
+
 def test_what_is_no_export_or_no_report_is_refused(tmp_path: Path, exported: Path) -> None:
     with pytest.raises(UserError, match="not a folder that `intervale export` wrote"):
         write_card(tmp_path, [{}])

@@ -180,6 +180,7 @@ def test_published_results_stand_beside_a_comparable_score(tmp_path: Path) -> No
     assert (found["published"]["column"], found["published"]["differs"]) == ("sivqa zh", [])
     told = text_of(found)
     assert "GPT-4o" in told
+    assert "ours is asked in other words" in told
     assert "72.7%" in told
     assert "2024.emnlp-main.1063" in told
     assert "Not comparable" not in told
@@ -191,7 +192,12 @@ def test_a_score_obtained_otherwise_says_how(tmp_path: Path) -> None:
     assert found["published"]["column"] == "sivqa en"
     assert found["published"]["differs"] == ["items", "options", "likelihood", "trained"]
     told = text_of(found)
-    for part in ("Not comparable with ours", "we scored 40 items, they 256", "did not see the options", "trained on these items"):
+    for part in (
+        "Not comparable with ours",
+        "we scored 40 items, they 256",
+        "did not see the options",
+        "ours is a score on training items",
+    ):
         assert part in told
 
 
@@ -204,11 +210,14 @@ def test_the_suites_own_protocol_is_known_by_its_settings(tmp_path: Path) -> Non
         "view": "picture",
         "wording": "2",
         "turn": "as-is",
+        "prefix_as": "assistant",
     }
     found = foodie(tmp_path, 256, card={"made_by": "hand"}, protocol=suite)
     assert (found["published"]["column"], found["published"]["differs"]) == ("sivqa en", [])
     told = text_of(found)
     assert "FoodieQA's prompts; strict answers; at most 64 new tokens; at most 6 tiles a picture; task sivqa; in English; wording 2" in told
+    assert "ours is asked with one of these prompts" in told
+    assert "the forced beginning opens the answer" in told
     blind = tmp_path / "blind"
     blind.mkdir()
     assert foodie(blind, 256, protocol=suite | {"view": "blind"})["published"]["differs"] == ["view"]

@@ -20,9 +20,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from intervale.core.errors import UserError
 from intervale.core.files import inside
+from intervale.core.lang import say
 from intervale.core.records import Record
 from intervale.data.images import load_picture
 from intervale.data.pictures import hash_pictures
@@ -32,7 +35,7 @@ MOST_DECODED = 20_000  # pictures of both sides together
 _SIDE, _FIELDS, _ROUGH = 16, 4, 256
 _MOST_BITS, _MOST_TINT = 16, 32.0  # bits of 256; levels of 255, in the field and channel where they differ most
 _FLAT = 12  # a hash with fewer bits set (or not set) than this is of a picture without structure: it looks like any other such
-_EXAMPLES = 20
+_EXAMPLES, _MANY = 20, 1_000  # items named in a summary; pictures that take long enough to say so
 Keys = tuple[str, ...]
 
 
@@ -79,9 +82,8 @@ def alike(looks: Sequence[Look], others: Sequence[Look]) -> list[list[int]]:
     tint_N48 = np.stack([look.tint_48 for look in others])
     found = []
     for look in looks:
-        near = np.bitwise_count(bits_N4 ^ look.bits_32.view(np.uint64)).sum(1) <= _MOST_BITS
-        near &= np.abs(tint_N48 - look.tint_48).max(1) <= _MOST_TINT
-        found.append([int(place) for place in np.flatnonzero(near)])
+        near = np.flatnonzero(np.bitwise_count(bits_N4 ^ look.bits_32.view(np.uint64)).sum(1) <= _MOST_BITS)
+        found.append([int(place) for place in near[np.abs(tint_N48[near] - look.tint_48).max(1) <= _MOST_TINT]])
     return found
 
 
@@ -98,13 +100,13 @@ def _paths(records: Sequence[Record]) -> dict[Path, str]:
 
 
 def _names(records: Sequence[Record], keys: Mapping[Path, str]) -> Iterator[tuple[Record, Keys | None]]:
-    """(record, the keys of its pictures), None where one has no key."""
+    """(record, the keys of its pictures in an order of their own), None where one has no key. Options shuffled are the same item."""
     for record in records:
         try:
             own = [keys.get(inside(record.root, image, record.where)) for image in record.images]
         except UserError:
             own = [None]
-        yield record, None if None in own else tuple(key for key in own if key is not None)
+        yield record, None if None in own else tuple(sorted(key for key in own if key is not None))
 
 
 class _Training:
@@ -122,16 +124,20 @@ class _Training:
                 self.pictures.update(names)
 
 
-def _renamed(here: Mapping[Path, str], there: Mapping[Path, str]) -> tuple[dict[Path, str], int]:
-    """(`here` with every picture that looks like one of `there` named as that one, how many pictures could not be decoded).
+def _families(files: Mapping[Path, str]) -> tuple[dict[Path, str], int]:
+    """(every picture named by what looks the same, itself at least, how many pictures could not be decoded).
 
-    A picture that looks like several takes the first: which one matters only where training holds near copies itself.
+    Families, not pairs: a copy of a copy is one too. A picture without a look keeps its own name.
     """
-    (own, lost), (other, gone) = _looks(list(here)), _looks(list(there))
-    known, paths = set(there.values()), list(other)
-    places = alike(list(own.values()), list(other.values()))
-    named = {path: there[paths[near[0]]] for path, near in zip(own, places, strict=True) if near and here[path] not in known}
-    return {**here, **named}, lost + gone
+    first = {key: path for path, key in reversed(list(files.items()))}  # the same bytes are decoded once
+    looks, lost = _looks(list(first.values()))
+    keys = [key for key, path in first.items() if path in looks]
+    own = [looks[first[key]] for key in keys]
+    edges = [(row, column) for row, near in enumerate(alike(own, own)) for column in near]
+    rows, columns = zip(*edges, strict=True) if edges else ((), ())
+    _, labels = connected_components(coo_array((np.ones(len(edges)), (rows, columns)), shape=(len(keys), len(keys))), directed=False)
+    named = {key: f"look {label}" for key, label in zip(keys, labels, strict=True)}
+    return {path: named.get(key, key) for path, key in files.items()}, lost
 
 
 def contamination(records: Sequence[Record], training: Sequence[Record], tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -144,28 +150,30 @@ def contamination(records: Sequence[Record], training: Sequence[Record], tell: C
     read = [hash_pictures(_paths(side), tell) for side in (records, training)]
     here, there = ({path: key for path, key in side.items() if isinstance(key, str)} for side in read)
     unreadable = sum(len(side) for side in read) - len(here) - len(there)
-    exact = _Training(training, there)
-    looks = len(here) + len(there) <= MOST_DECODED
-    alias, lost = _renamed(here, there) if looks else (here, 0)
+    pictures = len(here) + len(there)
+    looks = pictures <= MOST_DECODED
+    if pictures > _MANY:
+        en, zh = ("by look too", "包括外观") if looks else ("by their bytes alone", "仅逐字节")
+        tell(say(f"comparing with the training items: {pictures:,} pictures, {en}", f"与训练数据比较：{pictures:,} 张图片，{zh}"))
+    family, lost = _families({**here, **there}) if looks else ({**here, **there}, 0)
+    exact, similar = _Training(training, there), _Training(training, family)
     counts: dict[str, Any] = {"items": len(records), "exact": 0, "near": 0, "picture": 0, "question": 0}
     examples: list[dict[str, str]] = []
-    for (record, names), (_, same) in zip(_names(records, here), _names(records, alias), strict=True):
-        question = normalise(record.question())
-        kind = _kind(exact, question, names, same)
-        if kind is None:
-            continue
-        counts[kind] += 1
-        where = exact.items.get((question, (names if kind == "exact" else same) or ()))
+    for (record, names), (_, same) in zip(_names(records, here), _names(records, family), strict=True):
+        kind, where = _kind(exact, similar, normalise(record.question()), names, same)
+        if kind:
+            counts[kind] += 1
         if where and len(examples) < _EXAMPLES:
             examples.append({"id": record.id, "how": kind, "training": where})
     return {**counts, "unreadable": unreadable + lost, "looks": looks, "examples": examples}
 
 
-def _kind(training: _Training, question: str, names: Keys | None, same: Keys | None) -> str | None:
-    if names is not None and (question, names) in training.items:
-        return "exact"
-    if same is not None and (question, same) in training.items:
-        return "near"
-    if same is not None and any(key in training.pictures for key in same):
-        return "picture"
-    return "question" if question in training.questions else None
+def _kind(exact: _Training, looks: _Training, question: str, names: Keys | None, same: Keys | None) -> tuple[str, str]:
+    """(which count an item adds to, or '', and where its training item stands, or '')."""
+    if names is not None and (question, names) in exact.items:
+        return "exact", exact.items[question, names]
+    if same is not None and (question, same) in looks.items:
+        return "near", looks.items[question, same]
+    if same is not None and any(key in looks.pictures for key in same):
+        return "picture", ""
+    return ("question", "") if question in exact.questions else ("", "")

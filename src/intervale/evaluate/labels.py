@@ -21,6 +21,7 @@ _TAGS = {
 }
 _QUESTIONS = {
     "name": ("name of the thing", "名称"),
+    "food_name": ("name of the dish", "菜名"),
     "category": ("kind of food", "类别"),
     "cuisine": ("cuisine", "菜系"),
     "cuisine_type": ("cuisine", "菜系"),
@@ -128,6 +129,10 @@ def _told(key: str, value: Any) -> str:
         "fallback": {"wrong": ("no letter is wrong", "无字母即判错"), "a": ("no letter is A", "无字母按 A 计"), "random": ("no letter: one is drawn", "无字母则随机取")}.get(
             value, (str(value), str(value))
         ),
+        "prefix_as": {
+            "user": ("the forced beginning ends the question", "强制前缀附在问题末尾"),
+            "assistant": ("the forced beginning opens the answer", "强制前缀作为回答开头"),
+        }.get(value, (str(value), str(value))),
         "suite": ("", ""),
     }  # fmt: skip
     return say(*known[key]) if key in known else f"{key} {_value(value)}"

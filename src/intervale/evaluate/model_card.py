@@ -23,6 +23,7 @@ from intervale.evaluate.training_card import find_run
 CARD, REPORTS = "README.md", "reports.jsonl"
 _MARK = "<!-- made by intervale from its reports; remove this line to keep your changes -->"
 _STANDS = r" \*"  # a star that Markdown shows
+_BASE_CARD = "README.base.md"
 _EXPORTED, _KIND = "intervale.json", "intervale comparison"
 
 
@@ -109,11 +110,24 @@ def write_card(folder: Path, reports: Sequence[dict[str, Any]]) -> Path:
     path = folder / CARD
     if path.is_file() and _MARK not in read_text(path):
         raise UserError(f"{path} is not a card that intervale wrote", "move it away, then try again")
-    write_atomic(path, card_text(folder.resolve().name, told, reports, merged))
+    write_atomic(path, card_text(folder, told, reports, merged))
     return path
 
 
-def _front(name: str, reports: Sequence[dict[str, Any]]) -> str:
+def _licence(folder: Path) -> str | None:
+    """The licence the base's own card names, which `export` kept aside: what is derived from its weights is under it too."""
+    from huggingface_hub import ModelCard
+
+    if not (folder / _BASE_CARD).is_file():
+        return None
+    try:
+        found = ModelCard(read_text(folder / _BASE_CARD), ignore_metadata_errors=True).data.get("license")
+    except Exception:  # a card that is not one names no licence
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _front(name: str, reports: Sequence[dict[str, Any]], licence: str | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -133,6 +147,7 @@ def _front(name: str, reports: Sequence[dict[str, Any]]) -> str:
     card = ModelCardData(
         model_name=name,
         base_model=base if hub else None,
+        license=licence,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["intervale", "internvl"],
@@ -266,8 +281,9 @@ def _identity(reports: Sequence[dict[str, Any]], merged: str) -> str:
     return f"\n## {say('What exactly was scored', '评测对象')}\n\n{_points([*rows, (say('software', '软件'), software)])}"
 
 
-def card_text(name: str, told: dict[str, Any], reports: Sequence[dict[str, Any]], merged: str) -> str:
+def card_text(folder: Path, told: dict[str, Any], reports: Sequence[dict[str, Any]], merged: str) -> str:
     """The whole README.md of `told` (its intervale.json) and reports, the first of which gives the groups."""
+    name = folder.resolve().name
     every = [entry for report in reports for entry in (report, report.get("also")) if entry]
     intro = say(
         "An InternVL model, tuned, merged and scored with intervale. The table below is made from its report.",
@@ -275,4 +291,6 @@ def card_text(name: str, told: dict[str, Any], reports: Sequence[dict[str, Any]]
     )
     use = f"\n## {say('Use', '使用')}\n\n```bash\nintervale chat {name} -i picture.jpg\nintervale serve {name}\n```\n"
     body = "".join([_evaluation(every), _training(told, every), use, _identity(every, merged)])
-    return f"{_front(name, every)}\n# {name}\n\n{intro}\n\n{body}\n{_MARK}\n"
+    if (folder / _BASE_CARD).is_file():
+        intro += say(f" The base model's own card is [{_BASE_CARD}]({_BASE_CARD}).", f"基础模型自己的说明见 [{_BASE_CARD}]({_BASE_CARD})。")
+    return f"{_front(name, every, _licence(folder))}\n# {name}\n\n{intro}\n\n{body}\n{_MARK}\n"

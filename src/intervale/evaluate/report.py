@@ -159,7 +159,8 @@ def _headline(found: dict[str, Any], extra: dict[str, Any] | None) -> str:
 def _clusters(found: dict[str, Any]) -> str:
     """The interval that draws whole pictures, where several questions share one."""
     drawn = found["difference"]["bootstrap"]
-    if drawn["interval"] is None or drawn["groups"] >= found["n"]:
+    unchanged = found["pairs"]["fixed"] + found["pairs"]["broken"] == 0  # every draw is 0 then, which says nothing
+    if drawn["interval"] is None or drawn["groups"] >= found["n"] or unchanged:
         return ""
     low, high = (f"{100 * end:+.1f}".replace("-", "−") for end in drawn["interval"])
     told = say(

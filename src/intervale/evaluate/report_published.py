@@ -15,11 +15,14 @@ def _why(code: str, told: dict[str, Any], n: int) -> str:
     items = told["items"]
     return {
         "languages": say("our items are Chinese and English mixed, theirs Chinese alone", "我们的题目中英混合，对方只有中文"),
-        "items": say(f"we scored {n} items, they {items}", f"我们评测了 {n} 题，对方 {items} 题"),
+        "items": say(
+            f"we scored {n} items, they {items} (whether ours are among theirs is not checked)",
+            f"我们评测了 {n} 题，对方 {items} 题（未核对是否属于其中）",
+        ),
         "options": say("our model did not see the options, theirs did", "我们的模型没有看到选项，对方看到了"),
         "view": say("our model did not see the pictures as they are, or was told the dish", "我们的模型没有按原样看图，或被告知了菜名"),
         "likelihood": say("ours is the most likely choice, theirs a written answer", "我们取似然最高的选项，对方是写出的回答"),
-        "trained": say("our model was trained on these items", "我们的模型在这些题目上训练过"),
+        "trained": say("ours is a score on training items", "我们的成绩是在训练数据上得到的"),
         "unknown": say("whether our model was trained on these items is not known", "不清楚我们的模型是否在这些题目上训练过"),
     }.get(code, code)
 
@@ -56,11 +59,17 @@ def published_html(found: dict[str, Any]) -> str:
     faults = "".join(f"<li>{_why(code, told, found['n'])}</li>" for code in told["differs"])
     verdict = say("Not comparable with ours:", "与我们的结果不可直接比较：")
     note = f'<div class="note"><strong>{verdict}</strong><ul>{faults}</ul></div>' if faults else ""
+    same = found["protocol"]["prompt"] == "foodieqa"
+    wording = (
+        ("ours is asked with one of these prompts", "我们使用其中一种提问")
+        if same
+        else ("ours is asked in other words", "我们的提问措辞不同")
+    )
     about = say(
         f"Column “{told['column']}” of the tables of results ({told['source']}); {told['paper']}. The authors report the best of four prompts on these very items and read the first letter of an "
-        "answer, so their numbers lean upwards; the prompts' wording differs from ours. Intervals: Wilson, 95%, from the counts that the percentages round to; the models answered "
+        f"answer, so their numbers lean upwards; {wording[0]}. Intervals: Wilson, 95%, from the counts that the percentages round to; the models answered "
         "the same items, but which ones is not published, so no paired test is possible.",
         f"数据来自 {told['source']} 的结果表，“{told['column']}” 一列；论文：{told['paper']}。作者报告的是在同一批题目上四种提问方式中的最高分，并取回答的首个字母，因此偏高；"
-        "提问措辞与我们不同。区间：Wilson 95%，由百分比反推的题数得出；各模型答对了哪些题没有公布，因此无法作配对检验。",
+        f"{wording[1]}。区间：Wilson 95%，由百分比反推的题数得出；各模型答对了哪些题没有公布，因此无法作配对检验。",
     )
     return f'<section class="long"><h2>{say("Beside published results", "与已发表结果对照")}</h2>{note}<div>{body}</div><p class="soft">{about}</p></section>'
