@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fake_endpoint import FakeEndpoint, busy, number_of, options, place_said, right_place
 
+from evaluation_fixture import after, contents, timeless
+from fake_endpoint import FakeEndpoint, busy, number_of, options, place_said, right_place
 from foodie_fixture import write_foodieqa
 from intervale.core.errors import UserError
 from intervale.data.images import load_picture
@@ -190,35 +190,6 @@ def test_killed_at_any_item_and_resumed_the_endpoints_summary_is_a_straight_ones
         assert len(fake.asked) == count - last
         assert timeless(resumed) == timeless(straight)
         assert contents(out) == contents(tmp_path / "straight")
-
-
-def after(count: int) -> Callable[[], None]:
-    """A hook that kills the run at its `count`th answer."""
-    left = [count]
-
-    def hook() -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-
-    return hook
-
-
-def timeless(value: Any) -> Any:
-    """Without the times, which are all that may differ between two runs."""
-    if isinstance(value, dict):
-        return {key: timeless(entry) for key, entry in value.items() if key != "seconds"}
-    return [timeless(entry) for entry in value] if isinstance(value, list) else value
-
-
-def contents(out: Path) -> dict[str, Any]:
-    """Everything that is made from the answers."""
-    summaries = {str(path.relative_to(out)): json.loads(path.read_text()) for path in sorted(out.rglob("*.json"))}
-    lines = {
-        str(path.relative_to(out)): [json.loads(line) for line in path.read_text().splitlines()]
-        for path in sorted(out.rglob("predictions.jsonl"))
-    }
-    return timeless(summaries | lines)
 
 
 def test_a_letter_counts_with_what_surrounds_it_and_a_missing_one_is_less_likely_than_all() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import httpx
 import pytest
 from serve_fixture import live
-from test_endpoint import after, busy, timeless
 
 from conftest import draw_plates, run_command
+from evaluation_fixture import after, timeless
+from fake_endpoint import busy
 from foodie_fixture import write_foodieqa
 from intervale.core.errors import UserError
 from intervale.engine.desks import local_desk

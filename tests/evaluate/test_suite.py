@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_endpoint import after, contents, timeless
 
 from conftest import run_command
+from evaluation_fixture import after, contents, timeless
 from foodie_fixture import write_foodieqa
 from intervale.core.errors import UserError
 from intervale.core.records import data_digest, read_records

@@ -24,6 +24,7 @@ from intervale.core.runlog import differences, versions
 from intervale.evaluate.folder import PREDICTIONS, PROTOCOL, SUMMARY
 from intervale.evaluate.foodieqa import Asking
 from intervale.evaluate.identity import pictures_digest
+from intervale.evaluate.kept_features import begun_with
 from intervale.evaluate.provenance import about
 from intervale.evaluate.run import summarise
 from intervale.evaluate.suite_score import COUNTS, circular, mode_counts, read_answer, shown_positions, tables
@@ -129,7 +130,8 @@ def write_suite(
     found = {
         "kind": "intervale suite", **identity, "model": model, "versions": versions(),
         "combinations": rows, "tables": tables(rows), "rotations": _rotations(turns, settings),
-        "left_out": [_left_out(part) for part in data.parts], "used": used([answers[asking.key] for asking in askings], asker.price),
+        "left_out": [_left_out(part) for part in data.parts], "features_read": len(begun_with(out, len(answers)) or ()),
+        "used": used([answers[asking.key] for asking in askings], asker.price),
     }  # fmt: skip
     write_json(out / SUITE, found)
     return found

@@ -35,6 +35,7 @@ from intervale.evaluate.provenance import model_identity
 from intervale.evaluate.suite import Answers, Tell
 from intervale.model.load import Model, as_device, as_dtype, load_model, load_text_side, narrow, resolve_model
 
+Rows = Sequence[Sequence[Prompt]]
 _FIX = "lower the tiles a picture with --max-tiles"
 
 
@@ -129,20 +130,22 @@ class LocalAsker:
     def _letters(self, model: Model, record: Record) -> list[list[int]]:
         return letter_ids(record.reference(), len(record.choices), model.tokenizer) if self.letters else []
 
+    def _answered(
+        self, model: Model, rows: Rows, letters: list[list[list[int]]], crosses: bool
+    ) -> tuple[list[list[list[float]]], list[list[int]]]:
+        """(the letters' log-probabilities, the answers' ids) of a batch, as far as they are wanted."""
+        if self.letters and self.text and not crosses:
+            return score_and_generate(model, rows, letters, self.max_new_tokens)
+        scored = (_one_by_one if crosses else score_batch)(model, rows, letters) if self.letters else []
+        return scored, generate_batch(model, rows, self.max_new_tokens) if self.text else []
+
     def _ask(self, model: Model, features: Features, number: int, askings: Sequence[Asking]) -> list[dict[str, Any]]:
         began = time.perf_counter()
         batch, of = features.batches[number], features.of(number)
         rows = [[_prompt(model, question, of) for question in row] for row in rows_of(batch)]
         prompts = [prompt for row in rows for prompt in row]
         letters = [self._letters(model, question.record) for question in batch]
-        scored: list[list[list[float]]] = []
-        answers: list[list[int]] = []
-        if not self.text:
-            scored = score_batch(model, rows, letters)
-        elif not self.letters:
-            answers = generate_batch(model, rows, self.max_new_tokens)
-        else:
-            scored, answers = score_and_generate(model, rows, letters, self.max_new_tokens)
+        scored, answers = self._answered(model, rows, letters, batch[0].crosses)
         found: list[dict[str, Any]] = [{"key": asking.key} for asking in askings]
         for line, asking, values in zip(found, askings, scored, strict=False):
             line["scores"] = _sums(values, asking)
@@ -152,6 +155,11 @@ class LocalAsker:
         for line, prompt in zip(found, prompts, strict=True):
             line |= {"tokens": line.get("tokens", len(line.get("scores", ()))), "prompt_tokens": len(prompt.ids_S), "seconds": seconds}
         return found
+
+
+def _one_by_one(model: Model, rows: Rows, letters: list[list[list[int]]]) -> list[list[list[float]]]:
+    """A single prompt whose letters may cross into another rotary embedding: each decides for itself which it gets."""
+    return [[score_batch(model, rows, [[ids]])[0][0] for ids in own] for own in letters]
 
 
 def _prompt(model: Model, question: Question, of: Mapping[str, torch.Tensor]) -> Prompt:
