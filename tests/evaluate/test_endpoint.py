@@ -155,9 +155,13 @@ def test_a_refused_request_is_a_counted_wrong_answer_but_nothing_but_refusals_is
     refused = [line for line in lines if "refused" in line]
     assert [(line["id"], line["correct"], line["parsed"]) for line in refused] == [("textqa-0", False, None), ("textqa-4", False, None)]
     assert "content policy" in refused[0]["refused"]
-    with pytest.raises(UpstreamRefusedError, match="refused the request"):
+    with pytest.raises(UpstreamRefusedError, match="refused the request") as caught:
         go(foodie, tmp_path / "none", settings, FakeEndpoint(foodie, dict.fromkeys(range(1, 99), filtered)), tasks=("textqa",))
     assert not (tmp_path / "none").exists()
+    assert "log-prob" not in caught.value.fix
+    with pytest.raises(UpstreamRefusedError, match="refused the request") as caught:  # the likely reason is told where likelihood is asked
+        go(foodie, tmp_path / "none", replace(settings, modes=("likelihood",)), FakeEndpoint(foodie, dict.fromkeys(range(1, 99), filtered)))
+    assert "log-probabilities" in caught.value.fix and "strict" in caught.value.fix
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_anothers_readme_is_kept_and_ours_is_replaced(exported: Path, tmp_path: 
     assert write_card(exported, [told]).read_text() != first
 
 
-def test_the_bases_licence_goes_along(exported: Path, tmp_path: Path) -> None:
+def test_the_bases_licence_goes_along(exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     told = read_report(report(tmp_path))
     (exported / "README.base.md").write_text("---\nlicense: mit\n---\n# base\n")
     card = write_card(exported, [told])
@@ -113,6 +113,10 @@ def test_the_bases_licence_goes_along(exported: Path, tmp_path: Path) -> None:
     for odd in ("no front matter", "---\nlicense: [\n---\n"):
         (exported / "README.base.md").write_text(odd)
         assert ModelCard.load(write_card(exported, [told])).data.license is None
+    caplog.clear()
+    (exported / "README.base.md").write_text("no front matter")
+    write_card(exported, [told])
+    assert not caplog.records  # the hub's library says nothing of its own on the user's screen
 
 
 def test_what_is_no_export_or_no_report_is_refused(tmp_path: Path, exported: Path) -> None:

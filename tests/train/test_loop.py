@@ -15,6 +15,7 @@ import torch
 from conftest import draw_plates
 from intervale.core.config import load_recipe
 from intervale.core.errors import UserError
+from intervale.core.lang import in_language
 from intervale.core.runlog import read_metrics
 from intervale.model.adapt import newest_checkpoint
 from intervale.train.loop import Outcome, train
@@ -189,6 +190,19 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, tiny: Path, p
     for word in ("tokens", "trainable", "memory", "GiB"):
         assert word in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_chinese_reader_gets_the_plan_and_the_progress_in_chinese(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    said: list[str] = []
+    path = write_recipe(tmp_path, tiny, plates, epochs=1)
+    with in_language("zh"):
+        run(path, dry_run=True, said=said)
+        run(path, said=said)
+    text = "\n".join(said)
+    for word in ("步数：2", "参数：", "内存（估计）：", "磁盘：", "图像特征：保存在内存：", "未写入任何内容", "第 1/2 步", "剩余"):
+        assert word in text
+    for word in ("steps", "parameters", "memory", "kept", "features:", "loss ", "tokens"):
+        assert word not in text
 
 
 def test_a_full_disk_during_a_save_keeps_the_earlier_checkpoint(

@@ -223,16 +223,16 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     """Columns: what was asked, n, each prompt, mean, maximum, chance; under a row what its scores hide."""
     most = max(len(row["prompts"]) for row in rows)
     names = [" ".join([row["task"], row["language"], row["mode"], *([row["view"]] if row["view"] != "picture" else [])]) for row in rows]
-    width = max(map(len, names))
+    width, scores = max(map(len, names)), max(12 * most, len("accuracy by prompt"))
     head = say(
-        f"{'n':>5}  {'accuracy by prompt':<{12 * most}}    mean  maximum     chance",
-        f"{'n':>5}  {'各提示的准确率':<{12 * most - 7}}    平均  最高       随机",
+        f"{'n':>5}  {'accuracy by prompt':<{scores}}    mean  maximum     chance",
+        f"{'n':>5}  {'各提示的准确率':<{scores - 7}}    平均  最高        随机",
     )
     lines = [" " * width + head]
     for name, row in zip(names, rows, strict=True):
         cells = "".join(f"{prompt + ': ' + format(score['accuracy'], '.1%'):<12}" for prompt, score in row["prompts"].items())
         best = f"{row['max']:.1%} ({row['max_prompt']})"
-        lines.append(f"{name:<{width}}{row['n']:>5}  {cells:<{12 * most}}  {row['mean']:>6.1%}  {best:<11} {row['chance']:.1%}")
+        lines.append(f"{name:<{width}}{row['n']:>5}  {cells:<{scores}}  {row['mean']:>6.1%}  {best:<11} {row['chance']:.1%}")
         lines += [f"    {told}" for told in _hidden(row)]
     if not all(row["complete"] for row in rows):
         lines.append(say("not all prompts of the protocol were asked: a maximum over some is no published number",
@@ -254,7 +254,7 @@ def _hidden(row: dict[str, Any]) -> list[str]:
         "unparsed": ("without a choice", "未识别出选项"), "cut_off": ("cut at the limit", "达到长度上限"), "ties": ("ties", "并列"),
         "refused": ("refused", "被拒绝"), "unseen": ("without a letter among the likeliest tokens", "最可能的 token 中没有选项字母"),
     }  # fmt: skip
-    told = [f"{row[key]} {say(*pair)}" for key, pair in words.items() if row.get(key)]
+    told = [say(f"{row[key]} {en}", f"{row[key]} 个{zh}") for key, (en, zh) in words.items() if row.get(key)]
     fall = row.get("fallback", {"used": 0, "policy": "wrong"})
     if fall["used"] and fall["policy"] != "wrong":
         told.append(say(f"the fallback ({fall['policy']}) made {fall['right']} of {fall['used']} right",

@@ -58,4 +58,6 @@ def _card(source: Path, dst: Path, reports: list[dict[str, Any]]) -> None:
 
     if reports := reports or reports_of(source, dst):
         card = write_card(dst, reports)
-        note(say(f"model card: {card}, from {len(reports)} report(s)", f"模型卡：{card}，来自 {len(reports)} 份报告"))
+        note(
+            say(f"model card: {card}, from {len(reports)} report{'s' * (len(reports) != 1)}", f"模型卡：{card}，来自 {len(reports)} 份报告")
+        )

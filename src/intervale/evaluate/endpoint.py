@@ -150,9 +150,15 @@ class EndpointAsker:
         return Request(turns_of(record.messages, record), Sampling(max_new_tokens=new))
 
     def _lines(self, answered: Stream, askings: dict[str, Asking]) -> Generator[list[dict[str, Any]], None, None]:
-        with closing(answered):
-            for together in answered:
-                yield [self._line(key, told, askings[key]) for key, told in together]
+        try:
+            with closing(answered):
+                for together in answered:
+                    yield [self._line(key, told, askings[key]) for key, told in together]
+        except UpstreamRefusedError as refused:
+            if not self.letters:
+                raise
+            hint = "a server that gives no log-probabilities (`intervale serve` is one) cannot be asked by likelihood: use strict"
+            raise UpstreamRefusedError(refused.what, f"{refused.fix}; {hint}", refused.code) from None
 
     def _line(self, key: str, told: Whole | UpstreamRefusedError, asking: Asking) -> dict[str, Any]:
         line: dict[str, Any] = {"key": key, **line_of(told)}

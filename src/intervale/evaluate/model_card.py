@@ -118,10 +118,10 @@ def _licence(folder: Path) -> str | None:
     """The licence the base's own card names, which `export` kept aside: what is derived from its weights is under it too."""
     from huggingface_hub import ModelCard
 
-    if not (folder / _BASE_CARD).is_file():
-        return None
+    if not (folder / _BASE_CARD).is_file() or not (text := read_text(folder / _BASE_CARD)).lstrip().startswith("---"):
+        return None  # no front matter: the hub's library would print a warning of its own
     try:
-        found = ModelCard(read_text(folder / _BASE_CARD), ignore_metadata_errors=True).data.get("license")
+        found = ModelCard(text, ignore_metadata_errors=True).data.get("license")
     except Exception:  # a card that is not one names no licence
         return None
     return found if isinstance(found, str) else None

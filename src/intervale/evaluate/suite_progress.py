@@ -46,8 +46,8 @@ class Progress:
         elif self._estimated and (now - self._told >= _EVERY or self._done == self._total):
             self._told = now
             pace = made / max(now - self._began, 1e-9)
-            self._tell(say(f"{self._done}/{self._total}  {pace:.2g} askings/s  ETA {_clock(left)}",
-                           f"{self._done}/{self._total}  {pace:.2g} 次/秒  剩余 {_clock(left)}"))  # fmt: skip
+            self._tell(say(f"{self._done}/{self._total}  {pace:,.{pace < 10:d}f} askings/s  ETA {_clock(left)}",
+                           f"{self._done}/{self._total}  {pace:,.{pace < 10:d}f} 次/秒  剩余 {_clock(left)}"))  # fmt: skip
 
     def _money(self, times: float) -> tuple[str, str]:
         """What the whole will use, as far as the first answers tell."""

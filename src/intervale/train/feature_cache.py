@@ -14,6 +14,7 @@ from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
 from intervale.core.files import inside
+from intervale.core.lang import say
 from intervale.data.images import picture_size
 from intervale.data.pictures import Picture, count_tiles, load_tiles, pictures_of
 from intervale.data.tiling import Tiling
@@ -37,10 +38,10 @@ def plan_of(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dt
             raise UserError(what, "use auto or live")
         return Plan("live", "the vision tower learns", 0)
     if wanted == "live":
-        return Plan("live", "the recipe says so", 0)
+        return Plan("live", say("the recipe says so", "配方如此规定"), 0)
     pictures = pictures_of(job.train)
     if not pictures:
-        return Plan("live", "there are no pictures", 0)
+        return Plan("live", say("there are no pictures", "没有图片"), 0)
     count, tiles = count_tiles(pictures, job.side.tiling)
     need = bytes_needed(network.config, job.side.tiling, tiles, count, _stage(job), dtype)
     named = recipe.data.features_dir
@@ -57,8 +58,8 @@ def plan_of(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dt
 
 def told(plan: Plan) -> str:
     """The plan in words."""
-    kept = {"ram": "kept in memory", "disk": "kept on the disk", "live": "live"}[plan.place]
-    return f"{kept}: {plan.why}"
+    kept = {"ram": ("kept in memory", "保存在内存"), "disk": ("kept on the disk", "保存在磁盘"), "live": ("live", "逐步计算")}[plan.place]
+    return say(f"{kept[0]}: {plan.why}", f"{kept[1]}：{plan.why}")
 
 
 def _stage(job: Job) -> Stage:

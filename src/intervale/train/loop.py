@@ -109,16 +109,31 @@ def _dry_run(job: Job, world: World) -> Outcome:
     total = job.steps(world.size)
     tokens = sum(size.tokens for size in job.sizes) * job.recipe.train.epochs
     longest = max(size.tokens for size in job.sizes)
+    number, limit, share = job.recipe.train.epochs, job.recipe.data.max_length, cost.trainable / cost.parameters
+    total_gib, weights, states, activations, checkpoint, free = (
+        f"{amount / GIB:.2f} GiB"
+        for amount in (cost.total, cost.weights, cost.optimizer, cost.activations, cost.checkpoint, free_memory(world.device))
+    )
+    name, features = str(dtype).removeprefix("torch."), told(plan_of(job, network, dtype, world.size))
     lines = [
         _describe(job, world, total),
-        f"steps: {total}",
-        f"tokens: {tokens:,} in {job.recipe.train.epochs} epochs; the longest item has {longest:,} (data.max_length {job.recipe.data.max_length:,})",
-        f"parameters: {cost.parameters:,}, trainable: {cost.trainable:,} ({cost.trainable / cost.parameters:.2%})",
-        f"memory, estimated: {cost.total / GIB:.2f} GiB = weights {cost.weights / GIB:.2f} + gradients and optimizer "
-        f"{cost.optimizer / GIB:.2f} + activations {cost.activations / GIB:.2f}; free on {world.device}: {free_memory(world.device) / GIB:.1f} GiB",
-        f"disk: {cost.checkpoint / GIB:.2f} GiB a checkpoint, {_kept(job, total)} kept",
-        f"precision: {str(dtype).removeprefix('torch.')}; features: {told(plan_of(job, network, dtype, world.size))}",
-        f"out: {job.folder} (nothing was written)",
+        say(f"steps: {total}", f"步数：{total}"),
+        say(
+            f"tokens: {tokens:,} in {number} epoch{'s' * (number != 1)}; the longest item has {longest:,} (data.max_length {limit:,})",
+            f"token：{number} 轮共 {tokens:,} 个；最长的一条有 {longest:,} 个（data.max_length {limit:,}）",
+        ),
+        say(
+            f"parameters: {cost.parameters:,}, trainable: {cost.trainable:,} ({share:.2%})",
+            f"参数：{cost.parameters:,} 个，其中训练 {cost.trainable:,} 个（{share:.2%}）",
+        ),
+        say(
+            f"memory, estimated: {total_gib} = weights {weights} + gradients and optimizer {states} + activations {activations}; "
+            f"free on {world.device}: {free}",
+            f"内存（估计）：{total_gib} = 权重 {weights} + 梯度和优化器 {states} + 激活 {activations}；{world.device} 空闲 {free}",
+        ),
+        say(f"disk: {checkpoint} a checkpoint, {_kept(job, total)} kept", f"磁盘：每个检查点 {checkpoint}，保留 {_kept(job, total)} 个"),
+        say(f"precision: {name}; features: {features}", f"精度：{name}；图像特征：{features}"),
+        say(f"out: {job.folder} (nothing was written)", f"输出：{job.folder}（未写入任何内容）"),
     ]
     for line in lines:
         job.tell(line)
@@ -143,7 +158,8 @@ def _train(job: Job, world: World, state: str, accept_changes: bool, begun: floa
         say(
             f"{cost.trainable:,} of {cost.parameters:,} parameters learn, {str(dtype).removeprefix('torch.')} on {world.device}; "
             f"features: {told(plan)}",
-            f"训练 {cost.parameters:,} 个参数中的 {cost.trainable:,} 个，{str(dtype).removeprefix('torch.')}，设备 {world.device}",
+            f"训练 {cost.parameters:,} 个参数中的 {cost.trainable:,} 个，{str(dtype).removeprefix('torch.')}，设备 {world.device}；"
+            f"图像特征：{told(plan)}",
         )
     )
     if world.first:

@@ -261,9 +261,12 @@ def _entry(loop: Loop, numbers: dict[str, float], counts: tuple[int, int, int], 
 def _tell_progress(loop: Loop, entry: dict[str, Any], seconds_a_step: float) -> None:
     left = int((loop.total - entry["step"]) * seconds_a_step)
     loop.job.tell(
-        f"step {entry['step']}/{loop.total}  epoch {entry['epoch']:.2f}  loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  "
-        f"{entry['tokens_per_second']:,.0f} tokens/s  {entry['memory_gib']:.1f} GiB  "
-        + say(f"{left // 60}:{left % 60:02d} left", f"剩余 {left // 60}:{left % 60:02d}")
+        say(
+            f"step {entry['step']}/{loop.total}  epoch {entry['epoch']:.2f}  loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  "
+            f"{entry['tokens_per_second']:,.0f} tokens/s  {entry['memory_gib']:.1f} GiB  {left // 60}:{left % 60:02d} left",
+            f"第 {entry['step']}/{loop.total} 步  轮次 {entry['epoch']:.2f}  损失 {entry['loss']:.4f}  学习率 {entry['learning_rate']:.2e}  "
+            f"{entry['tokens_per_second']:,.0f} token/秒  {entry['memory_gib']:.1f} GiB  剩余 {left // 60}:{left % 60:02d}",
+        )
     )
 
 
