@@ -1,6 +1,7 @@
 """The page without a browser: what belongs to one visitor stays with him, errors come in words, leaving frees the place."""
 
 import asyncio
+import html
 import io
 import json
 import re
@@ -23,7 +24,7 @@ from intervale.serve.app import Serving, create_app
 from intervale.serve.door import DoorRules, read_keys
 from intervale.serve.limits import Limits
 from intervale.serve.ui import mount_page
-from intervale.serve.ui_about import Facts
+from intervale.serve.ui_about import Facts, about_html
 from intervale.serve.ui_compare import marked, panels, verdict
 from intervale.serve.ui_events import Page, messages, question_at
 from intervale.serve.ui_guard import Guard, sweep, uploads
@@ -368,3 +369,15 @@ def test_the_doors_session_covers_the_page() -> None:
             assert browser.post(f"{url}/login", data={"key": KEY}).status_code == 200
             found = call(url, "send", [{"text": "hello", "files": []}, None, *BROWSERS], "dddd", browser)
             assert "hello" in json.dumps(found)
+
+
+def test_what_about_offers_to_copy_starts_an_openai_client_and_is_in_the_visitors_language() -> None:
+    def told(serving: Serving, language: str) -> str:
+        return html.unescape(about_html(Facts(), serving, ("echo",), "http://here", Settings(), language))
+
+    assert 'OpenAI(base_url="http://here/v1", api_key="none")' in told(Serving(), "en")
+    assert 'api_key="YOUR KEY"' in told(Serving(door=DoorRules(read_keys(None, KEY))), "en")
+    assert "-i PICTURE QUESTION" in told(Serving(), "en")
+    chinese = told(Serving(), "zh")
+    assert "图片" in chinese
+    assert "PICTURE" not in chinese

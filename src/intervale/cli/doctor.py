@@ -102,8 +102,8 @@ def _engines(advice: list[str]) -> dict[str, str]:
         if not here and not command:
             advice.append(
                 say(
-                    f"{name} (faster serving on GPUs) is not on PATH: {Path(sys.executable).name} -m venv ~/{name}-env && ~/{name}-env/bin/pip install {name}",
-                    f"未找到 {name}（GPU 上更快的推理）：{Path(sys.executable).name} -m venv ~/{name}-env && ~/{name}-env/bin/pip install {name}",
+                    f"{name} (faster serving on GPUs) is not on PATH: {Path(sys.executable).name} -m venv ~/.{name} && ~/.{name}/bin/pip install {name}; serve --engine-python ~/.{name}/bin/python finds it",
+                    f"未找到 {name}（GPU 上更快的推理）：{Path(sys.executable).name} -m venv ~/.{name} && ~/.{name}/bin/pip install {name}；用 serve --engine-python ~/.{name}/bin/python 指定",
                 )
             )
     return facts

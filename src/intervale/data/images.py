@@ -50,7 +50,7 @@ def _open(source: Path | bytes, where: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise PictureError(f"{where}: far too many pixels", f"make the picture smaller than {max_pixels():,} pixels") from error
     except FileNotFoundError as error:
-        raise PictureError(f"{where}: no such picture", "check the path; it is relative to the data file's folder") from error
+        raise PictureError(f"{where}: no such picture", "check the path (in a data file it starts from the file's folder)") from error
     except Exception as error:
         empty = (len(source) if isinstance(source, bytes) else _size(source)) == 0
         raise PictureError(f"{where}: {'the file is empty' if empty else 'not a picture that can be read'}", known) from error

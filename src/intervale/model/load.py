@@ -111,7 +111,7 @@ def resolve_model(name: str | Path) -> Path:
     except Exception as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise OutsideError(
-            f"{text}: neither a folder here nor to be had from the hub{offline}: {str(error).strip().splitlines()[0][:200]}",
+            f"{text}: neither a folder here nor to be had from the hub{offline}: {str(error).strip().splitlines()[0].removeprefix('Got: ')[:200]}",
             "check the name and the network; a mirror goes into HF_ENDPOINT, a token for gated models into HF_TOKEN",
         ) from error
 

@@ -23,9 +23,18 @@ class Facts:
     report: Mapping[str, bytes] | None = None
 
 
-def chat_line(model: str, url: str, chosen: Settings) -> str:
+def chat_line(model: str, url: str, chosen: Settings, language: str) -> str:
     """The terminal's command with these settings."""
-    words = ["intervale", "chat", model, "-i", "PICTURE", "QUESTION", "--base-url", f"{url}/v1"]
+    words = [
+        "intervale",
+        "chat",
+        model,
+        "-i",
+        pick(language, "PICTURE", "图片"),
+        pick(language, "QUESTION", "问题"),
+        "--base-url",
+        f"{url}/v1",
+    ]
     if chosen.temperature:
         words += ["--temperature", f"{chosen.temperature:g}", "--top-p", f"{chosen.top_p:g}"]
     words += ["--max-new-tokens", str(chosen.most)]
@@ -41,6 +50,7 @@ def about_html(facts: Facts, serving: Serving, models: tuple[str, ...], url: str
         return pick(language, en, zh)
 
     limits, media = serving.limits, serving.media
+    key = say("YOUR KEY", "你的密钥") if serving.door.keys.digests else "none"  # OpenAI's client refuses to start without one
     rows = [
         (say("models", "模型"), ", ".join(models)),
         (say("adapter", "适配器"), facts.adapter or say("none: a model as it is", "无：模型本身")),
@@ -64,9 +74,9 @@ def about_html(facts: Facts, serving: Serving, models: tuple[str, ...], url: str
     ]
     table = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in rows)
     lines = [
-        (say("The same in a terminal", "在终端里做同样的事"), chat_line(chosen.model or models[0], url, chosen)),
+        (say("The same in a terminal", "在终端里做同样的事"), chat_line(chosen.model or models[0], url, chosen, language)),
         (say("This server", "这个服务"), facts.serve_line),
-        (say("For programs", "给程序用"), f'OpenAI(base_url="{url}/v1")  # model="{models[0]}"'),
+        (say("For programs", "给程序用"), f'OpenAI(base_url="{url}/v1", api_key="{key}")  # model="{models[0]}"'),
     ]
     button = f'<button type="button" data-copy data-done="{say("copied", "已复制")}">{say("copy", "复制")}</button>'
     code = "".join(f'<h3>{escape(title)}</h3><div class="iv-line"><pre>{escape(line)}</pre>{button}</div>' for title, line in lines if line)

@@ -194,7 +194,7 @@ def _loop_of(job: Job, world: World, ready: jobs.Ready, optimizer: Optimizers, k
     room = free_memory(device) - cost.optimizer  # the weights are there already
     loop.refit(first_fit(recipe, device, job.longest, room, cost.kept, cost.recomputed))
     lora = say(", LoRA fused", "，LoRA 已融合") if ready.adapter else ""
-    layers = say(", layers compiled", "，已编译各层") if compiled else ""
+    layers = say(", layers compiled (the first step takes a while)", "，编译各层（第一步会较久）") if compiled else ""
     job.tell(say("a step: ", "每步：") + in_words(loop.fit, recipe) + lora + layers)
     return loop
 

@@ -66,7 +66,11 @@ def in_words(fit: Fit, recipe: TrainRecipe) -> str:
     """The plan for the log."""
     size = recipe.train.batch_size
     packs = (
-        say(f"packs of up to {fit.tokens:,} tokens", f"每个 pack 至多 {fit.tokens:,} 个 token")
+        (
+            say("an item at a time", "逐条计算")
+            if fit.tokens == 1
+            else say(f"packs of up to {fit.tokens:,} tokens", f"每个 pack 至多 {fit.tokens:,} 个 token")
+        )
         if fit.tokens
         else say(f"packs of {size} items", f"每个 pack {size} 条")
     )
