@@ -22,6 +22,7 @@ from intervale.core.lang import say
 from intervale.core.records import Record
 from intervale.core.spread import spread
 from intervale.data.images import PictureError, load_picture, picture_size
+from intervale.data.stored import is_stored, picture_bytes
 from intervale.data.tiling import Tiling, cut_tiles
 
 _TELL_SECONDS = 5.0
@@ -57,6 +58,8 @@ def count_tiles(pictures: Iterable[Path], tiling: Tiling) -> tuple[int, int]:
 
 def _hash(path: Path, where: str) -> str | UserError:
     try:
+        if is_stored(path):
+            return hashlib.sha256(picture_bytes(path)).hexdigest()
         if not path.is_file():
             picture_size(path, where)  # says what is wrong, and never blocks on a pipe
         return sha256_file(path)
@@ -96,7 +99,7 @@ def load_tiles(picture: Picture, tiling: Tiling) -> np.ndarray | UserError:
     """`tiles_PHWC`, or why there are none."""
     try:
         picture_size(picture.path, picture.where)  # refuses a bomb or a foreign file before all of it is read
-        data = picture.path.read_bytes()
+        data = picture_bytes(picture.path)
         if hashlib.sha256(data).hexdigest() != picture.sha:
             return PictureError(f"{picture.where}: the file changes while it is read", "let whatever writes it finish, then run again")
         return cut_tiles(load_picture(data, picture.where), tiling)

@@ -15,7 +15,8 @@ from typing import Any
 from intervale.core.errors import UserError
 from intervale.core.files import inside, read_json, sha256_file
 from intervale.core.lang import say
-from intervale.core.records import Record, data_digest, read_records
+from intervale.core.records import Record, data_digest
+from intervale.data.corpus import Corpus, SourceSpec, open_corpus
 from intervale.model.adapt import ADAPTER, BASE, TRAINED, base_folder, checkpoint_of
 from intervale.model.source import add_ends, fingerprint
 
@@ -96,12 +97,12 @@ def shared_items(records: Sequence[Record], training: Sequence[Record]) -> int:
         return found
 
     asked = {record.question() for record in records}
-    here = sizes(records)
+    alike = [record for record in training if record.question() in asked]
+    here, there = sizes(records), sizes(alike)
     seen = set()
-    for record in training:
-        if record.question() in asked and (names := _pictures(record, here)) is not None:
+    for record in alike:
+        if (names := _pictures(record, here)) is not None:
             seen.add((record.question(), names))
-    there = sizes(training)
     return sum((record.question(), _pictures(record, there)) in seen for record in records)
 
 
@@ -120,6 +121,14 @@ def _told_by_card(data: Path) -> str | None:
     )
 
 
+def _training_items(file: Path) -> Corpus | None:
+    """The items of a run's training file, a large one or an archive by its index; None where it is not there, or no longer right."""
+    try:
+        return open_corpus([SourceSpec(str(file))], "auto", lambda text: None) if file.is_file() else None
+    except UserError:
+        return None
+
+
 def scored_on_training_items(folder: Path, data: Path, records: Sequence[Record]) -> tuple[bool | None, str]:
     """(true, false or null when unknown; the reason in words) for a model folder and the items it is scored on."""
     if why := _told_by_card(data):
@@ -132,11 +141,8 @@ def scored_on_training_items(folder: Path, data: Path, records: Sequence[Record]
         if train["digest"] == data_digest(records):
             return True, say("these are the items the model was trained on (same digest)", "这些就是该模型的训练数据（摘要相同）")
         file = Path(train.get("file") or "")
-        try:
-            training = read_records(file) if file.is_file() else []
-        except UserError:
-            training = []
-        if not training or data_digest(training) != train["digest"]:
+        training = _training_items(file)
+        if training is None or training.digest != train["digest"]:
             continue
         checked += 1
         if shared := shared_items(records, training):

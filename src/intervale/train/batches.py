@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from intervale.core.errors import UserError
+from intervale.core.records import Record
 from intervale.data.dataset import Item
 from intervale.data.packing import pack
 from intervale.model.attention import Layout, layout_of
@@ -84,15 +85,20 @@ def collate(items: Sequence[Item], image_token: int, share: bool = False) -> Bat
     )
 
 
-def load_step(ids: Sequence[str], load: Callable[[int], Item], indices: Sequence[int], size: int, image_token: int, share: bool) -> Loaded:
+def load_step(
+    records: Sequence[Record], load: Callable[[Record], Item], indices: Sequence[int], size: int, image_token: int, share: bool
+) -> Loaded:
     """A step's items in micro-batches of `size`; items that cannot be read are told, not raised: the caller decides."""
     items: list[Item] = []
     bad: list[tuple[str, UserError]] = []
     for index in indices:
+        name = str(index + 1)
         try:
-            items.append(load(index))
+            record = records[index]
+            name = record.id
+            items.append(load(record))
         except UserError as error:
-            bad.append((ids[index], error))
+            bad.append((name, error))
     return Loaded([collate(items[at : at + size], image_token, share) for at in range(0, len(items), size)], bad)
 
 

@@ -26,6 +26,7 @@ from intervale.train.parallel import World, wait
 from intervale.train.prepare import free_memory
 
 _CPU_BATCH, _GPU_BATCH = 16, 64  # tiles a forward pass
+_MANY = 100_000  # items: about a kilobyte of memory and a read of the file each
 
 
 def plan_of(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dtype, processes: int = 1) -> Plan:
@@ -38,6 +39,8 @@ def plan_of(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dt
         return Plan("live", "the vision tower learns", 0)
     if wanted == "live":
         return Plan("live", "the recipe says so", 0)
+    if wanted == "auto" and len(job.train) > _MANY:
+        return Plan("live", f"{len(job.train):,} items are too many to go through before the first step (cache insists)", 0)
     pictures = pictures_of(job.train)
     if not pictures:
         return Plan("live", "there are no pictures", 0)

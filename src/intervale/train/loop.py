@@ -17,16 +17,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
 from intervale.core.files import locked, write_atomic
 from intervale.core.lang import say
+from intervale.core.records import Record
 from intervale.core.runlog import append_metrics, forget_after
-from intervale.data.dataset import Item, TileCache, load_item, step_items
+from intervale.data.dataset import Item, TileCache, load_item
 from intervale.data.images import PictureError
+from intervale.data.order import deal
 from intervale.train import job as jobs
 from intervale.train.batches import Batch, Loaded, collate, load_ahead, load_step
 from intervale.train.feature_cache import fill, plan_of, told
@@ -72,6 +73,7 @@ class _Loop:
     total: int
     progress: Progress
     share: bool = False
+    an_epoch: int = 1  # items
     stop: int | None = None
     skipped: set[str] = field(default_factory=set)
 
@@ -120,20 +122,20 @@ def _memory(job: Job) -> Iterator[None]:
 
 
 def _describe(job: Job, world: World, total: int) -> str:
-    tokens = sum(size.tokens for size in job.sizes)
-    targets = sum(size.targets for size in job.sizes)
+    tokens, targets = job.measured.an_epoch()
+    about = "" if job.measured.exact else say("about ", "约 ")
     share = job.per_step * world.size
     return say(
-        f"{len(job.train)} items, {tokens:,} tokens ({targets:,} of them targets) an epoch; {total} steps of {share} items",
-        f"{len(job.train)} 条数据，每轮 {tokens:,} 个 token（其中 {targets:,} 个计入损失）；共 {total} 步，每步 {share} 条",
+        f"{len(job.train):,} items, {about}{tokens:,} tokens ({targets:,} of them targets) an epoch; {total} steps of {share} items",
+        f"{len(job.train):,} 条数据，每轮{about} {tokens:,} 个 token（其中 {targets:,} 个计入损失）；共 {total} 步，每步 {share} 条",
     )
 
 
 def _dry_run(job: Job, world: World) -> Outcome:
     network, dtype, cost = jobs.plan_for(job, world)
     total = job.steps(world.size)
-    tokens = sum(size.tokens for size in job.sizes) * job.recipe.train.epochs
-    longest = max(size.tokens for size in job.sizes)
+    tokens = job.measured.an_epoch()[0] * job.recipe.train.epochs
+    longest = job.measured.longest
     lines = [
         _describe(job, world, total),
         f"steps: {total}",
@@ -179,7 +181,7 @@ def _train(job: Job, world: World, state: str, accept_changes: bool) -> Outcome:
     kept = fill(job, world, network, dtype, plan)
     compute = Compute(dtype, world.device, job.side.tokenizer.control("<IMG_CONTEXT>"), kept)
     known = kept.known if kept else None
-    loop = _Loop(job, world, network, optimizer, compute, _tile_cache(job, world), known, total, progress, share)
+    loop = _Loop(job, world, network, optimizer, compute, _tile_cache(job, world), known, total, progress, share, len(job.order()))
     loop.skipped |= already_skipped(job.folder)
     if world.first:
         jobs.write_run(job, "running")
@@ -236,17 +238,19 @@ def _list_bad(loop: _Loop, bad: list[tuple[str, UserError]]) -> None:
 def _steps(loop: _Loop) -> None:
     job, world, recipe = loop.job, loop.world, loop.job.recipe
 
-    ids = [record.id for record in job.train]
-    together = jobs.picture_groups(job) if loop.share else ()
+    order = job.order(loop.share)
+    groups = job.train.groups() if loop.share and world.size > 1 else None
     image_token, processes = loop.compute.image_token_id, world.device.type == "cuda"
 
-    def load(index: int) -> Item:
-        return load_item(job.train[index], job.side.tokenizer, job.side.template, job.side.tiling, loop.cache, loop.known)
+    def load(record: Record) -> Item:
+        side = job.side
+        return load_item(record, side.tokenizer, side.template, side.tiling, loop.cache, loop.known, recipe.data.max_length)
 
     def step(number: int) -> Loaded:
-        order = step_items(len(job.train), job.per_step * world.size, recipe.train.seed, number, together)
-        own = np.array_split(order, world.size)[world.rank]  # neighbours stay together: they may share a picture
-        return load_step(ids, load, [int(i) for i in own], recipe.train.batch_size, image_token, loop.share)
+        items = order.step(job.per_step * world.size, number)
+        if world.size > 1:  # as many tokens each; those on one picture stay together
+            items = deal(items, job.measured.costs(items), world.size, groups[items] if groups is not None else None)[world.rank]
+        return load_step(job.train, load, [int(i) for i in items], recipe.train.batch_size, image_token, loop.share)
 
     last_plot = last_tell = time.monotonic()
     started, done = time.monotonic(), loop.progress.step
@@ -310,7 +314,7 @@ def _one_step(loop: _Loop, batches: list[Batch]) -> dict[str, Any]:
     loop.progress = Progress(step + 1, before.samples + int(samples), before.tokens + targets, before.seconds + seconds)
     return {
         "step": step + 1,
-        "epoch": round(loop.progress.samples / len(loop.job.train), 4),
+        "epoch": round(loop.progress.samples / loop.an_epoch, 4),
         "loss": mean,
         "learning_rate": rate,
         "gradient_norm": norm,

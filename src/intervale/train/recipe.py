@@ -14,11 +14,20 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+class Source(BaseModel):
+    """One source of a mix: a file or a pattern of files, and how often an epoch shows its items (0.5: half of them, the rest next)."""
+
+    model_config = _Strict
+    path: str
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
 class Data(BaseModel):
     """What is read and how."""
 
     model_config = _Strict
-    train: str
+    train: str | Annotated[list[Source], Field(min_length=1)]
+    index: Literal["auto", "on", "off"] = "auto"
     eval: str | None = None
     max_length: PositiveInt = 8192
     max_tiles: PositiveInt | None = None
@@ -27,6 +36,10 @@ class Data(BaseModel):
     on_bad_sample: Literal["fail", "skip"] = "fail"
     features_dir: str | None = None
     features_gib: Number = 20
+
+    def sources(self) -> list[Source]:
+        """What `train` names, as a list."""
+        return [Source(path=self.train)] if isinstance(self.train, str) else self.train
 
 
 class Lora(BaseModel):
