@@ -9,11 +9,11 @@ plus one sha256 of the file. An item is parsed strictly, again, when it is read.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,24 +101,30 @@ def _quick(item: Any) -> tuple[int, int, int, int, int]:
         expected = "assistant" if role == "user" else "user"
     images = item.get("images") or ()
     _usual(bool(messages) and marks == len(images) and item.keys() <= _KEYS)
+    if "choices" in item or "answer" in item or "tags" in item:
+        _quick_extras(item)
     name = item.get("id")
     return text, answer, marks, _hash("\0".join(images)) if images else 0, 0 if name is None else _hash(str(name))
 
 
+def _quick_extras(item: Any) -> None:
+    """Choices, answer and tags in their usual form; any exception: look closer."""
+    choices, answer, tags = item.get("choices") or [], item.get("answer"), item.get("tags") or {}
+    _usual(type(choices) is list and type(tags) is dict)
+    "".join(choices)  # texts, or an exception
+    "".join(tags.values())
+    _usual(answer is None or (type(answer) is int and 0 <= answer < len(choices)))
+
+
 def row_values(raw: bytes) -> tuple[int, int, int, int, int]:
     """(text, answer, images, pictures, id) of a line. Raises: UserError for what `parse_record` refuses."""
-    try:
-        item = orjson.loads(raw)
-        found = _quick(item)
-        if item.keys() <= {"messages", "images", "id"}:
-            return found
-    except Exception:
-        item = None
+    with contextlib.suppress(Exception):  # then it is looked at closely, which tells what is wrong if anything is
+        return _quick(orjson.loads(raw))
     try:
         decoded = raw.decode()
     except UnicodeDecodeError as error:
         raise UserError("not UTF-8", "save the file as UTF-8") from error
-    item = item if item is not None else parse_json(decoded, "")
+    item = parse_json(decoded, "")
     record = parse_record(item, "", Path())
     answers = sum(len(message.content.encode()) for message in record.messages if message.role == "assistant")
     return (
@@ -206,7 +212,7 @@ def _refuse_twins(rows: np.ndarray, lines: Path, name: str) -> None:
             raise UserError(what, "give every item an id of its own")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _waiting_lock(path: Path) -> Iterator[None]:
     """Hold `path`; others wait, and then find what was made."""
     with disk_errors(path):

@@ -32,8 +32,15 @@ _MOST_THREADS = 8  # both the disk and sha256 work without the interpreter lock
 def pictures_of(records: Sequence[Record]) -> dict[Path, str]:
     """Every distinct picture file of the records, and what an error calls it. Raises: UserError for a path out of the data's folder."""
 
+    seen: dict[tuple[Path, str], Path] = {}  # a name that many items share is looked up once
+
     def one(record: Record) -> list[tuple[Path, str]]:
-        return [(inside(record.root, image, record.where), f"{record.where}: {image}") for image in record.images]
+        pairs = []
+        for image in record.images:
+            path = seen.get((record.root, image)) or inside(record.root, image, record.where)
+            seen[record.root, image] = path
+            pairs.append((path, f"{record.where}: {image}"))
+        return pairs
 
     found: dict[Path, str] = {}
     parts: list[list[tuple[Path, str]]] = spread(one, records)

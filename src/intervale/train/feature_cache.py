@@ -123,11 +123,13 @@ def fill(job: Job, world: World, network: InternVLForConditionalGeneration, dtyp
     if encoded.bad and job.recipe.data.on_bad_sample == "fail":
         raise encoded.bad[0][1]
     known: dict[str, tuple[str, int]] = {}
+    seen: set[tuple[Path, str]] = set()
     for record in job.train:
         for image in record.images:
-            name = str(record.root / image)
-            if name in known:
+            if (record.root, image) in seen:
                 continue
+            seen.add((record.root, image))
+            name = str(record.root / image)
             path = inside(record.root, image, record.where)
             key = encoded.keys.get(path)
             if key is not None and key in store:
