@@ -5,7 +5,7 @@ python bench/job.py [--photos DIR] [--items 256] [--epochs 10] [--lean] [--prese
 
 256 questions on 12-megapixel photographs (13 tiles each) in the tutorial's LLaVA file -> `intervale prepare llava` -> `intervale train`,
 LoRA 128 on the language model and its output layer, batch 4 x accumulation 2 -> `intervale export --format hf`. The weights are random.
-`--lean` trains in as little memory as the recipe allows: batch 1 x accumulation 8, activations recomputed.
+`--lean` trains in as little memory as the recipe allows: one item a pack, activations recomputed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import train_sides
 from PIL import Image
 from train_data import MOST_TILES, base_model, draw_picture, on_all_cores, question_and_answer, set_keys
 
-LEAN = {"batch_size": 1, "accumulation": 8, "checkpointing": "on"}
+LEAN = {"pack_tokens": 1, "checkpointing": "on"}
 
 
 def options() -> argparse.Namespace:

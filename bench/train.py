@@ -30,11 +30,12 @@ SEED, PER_STEP = 42, 8
 # The trainer's devices: how to switch each on beyond its default, and off. Of several spellings the first that the recipe knows counts.
 SHARED: list[dict[str, Any]] = [{"train.share_prefix": "on"}, {"train.share_prefix": True}]
 OFF: dict[str, list[dict[str, Any]]] = {
-    "packing off": [{"train.packing": "off"}, {"train.packing": False}],
+    "one item a pack": [{"train.pack_tokens": 1}],
+    "LoRA not fused": [{"train.fused_lora": "off"}],
     "sharing off": [{"train.share_prefix": "off"}, {"train.share_prefix": False}],
     "features live": [{"train.features": "live"}, {"train.features": "off"}],
     "compile off": [{"train.compile": "off"}, {"train.compile": False}],
-    "recompute on": [{"train.checkpointing": "on"}],
+    "one item a pack, recomputed": [{"train.pack_tokens": 1, "train.checkpointing": "on"}],
 }
 
 
@@ -49,6 +50,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, help="steps before them; they are an epoch (default 4; 1 on a CPU)")
     parser.add_argument("--rounds", type=int, default=1, help="how often ours and stock run, in turns")
     parser.add_argument("--ablate", action="store_true", help="also ours with each of its devices off in turn")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="of those only what has TEXT in its name")
+    parser.add_argument("--shared-only", action="store_true", help="with --k 4: leave the run without sharing out")
     parser.add_argument("--stock-both", action="store_true", help="also stock without gradient checkpointing")
     parser.add_argument("--curve", type=int, metavar="N", help="compare the losses of N steps instead, without dropout")
     parser.add_argument("--learning-rate", type=float, default=3e-5)
@@ -109,6 +112,7 @@ class Bench:
                 "accumulation": 2,
                 "learning_rate": given.learning_rate,
                 "precision": given.precision,
+                "compile": "on" if given.device == "cuda" else "off",  # what `auto` decides for a run of minutes; these are a few steps
                 "seed": SEED,
                 "save_steps": self.total,
             },
@@ -244,7 +248,7 @@ def compare_speed(bench: Bench) -> dict[str, Any]:
     shared = bench.known(SHARED, "ours, shared", {}) if given.k > 1 else None
     best = ("ours, shared", shared) if shared else ("ours", {})
     for _ in range(given.rounds):
-        ran = [bench.ours("ours", {})]
+        ran = [] if shared and given.shared_only else [bench.ours("ours", {})]
         if shared:
             ran.append(bench.ours(*best))
         bench.order = next((row["order"] for row in reversed(ran) if row.get("order")), bench.order)
@@ -253,10 +257,10 @@ def compare_speed(bench: Bench) -> dict[str, Any]:
         bench.run("stock, no recompute", bench.stock_spec("stock-all", False))
     if given.ablate:
         for label, ways in OFF.items():
-            if label == "sharing off" and given.k == 1:
+            if (label == "sharing off" and given.k == 1) or (given.only and not any(text in label for text in given.only)):
                 continue
             more = dict(best[1])
-            if label == "packing off" and shared:  # sharing lives in a pack
+            if label == "one item a pack" and shared:  # sharing lives in a pack
                 more = bench.known(OFF["sharing off"], label, {}) or {}
             chosen = bench.known(ways, label, more)
             if chosen is not None:
@@ -285,12 +289,16 @@ def compare_curves(bench: Bench) -> dict[str, Any]:
     if mine.get("order") is None:
         raise SystemExit("the curves cannot be compared: ours failed, or took its items in an order this script does not know")
     bench.order = mine["order"]
-    its = bench.run("stock", bench.stock_spec("stock", True))
-    again = bench.run("stock, 2 x 4", bench.stock_spec("stock-2x4", True, batch_size=2))
-    if "losses" not in its or "losses" not in again:
+    its = bench.run("stock", bench.stock_spec("stock", False))
+    again = bench.run("stock, 2 x 4", bench.stock_spec("stock-2x4", False, batch_size=2))
+    if "losses" not in its:
         raise SystemExit("the curves cannot be compared: stock failed")
-    pairs = {"ours": (mine, its), "noise floor: stock cut 2 x 4": (again, its)}
-    summary: dict[str, Any] = {"curves": {name: row["losses"] for name, row in (("ours", mine), ("stock", its), ("stock_2x4", again))}}
+    pairs = {"ours": (mine, its)}
+    drawn = {"ours": mine, "stock": its}
+    if "losses" in again:
+        pairs["noise floor: stock cut 2 x 4"] = (again, its)
+        drawn["stock_2x4"] = again
+    summary: dict[str, Any] = {"curves": {name: row["losses"] for name, row in drawn.items()}}
     for name, (one, other) in pairs.items():
         apart = [abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True)]
         norms = abs(one["first_gradient_norm"] / other["first_gradient_norm"] - 1)

@@ -10,7 +10,7 @@ from intervale.core.records import Record, read_records
 from intervale.data.dataset import Item, TileCache, load_item
 from intervale.data.images import PictureError
 from intervale.model.load import text_side
-from intervale.train.batches import Loaded, load_ahead, load_step
+from intervale.train.batches import Loaded, Packing, load_ahead, load_step
 
 BAD = 3
 
@@ -27,7 +27,7 @@ def step(tiny: Path, plates: Path) -> Callable[[int], Loaded]:
             raise PictureError("item 3: damaged", "replace it")
         return load_item(record, side.tokenizer, side.template, side.tiling, cache)
 
-    return lambda number: load_step(records, load, [2 * number, 2 * number + 1], 1, token, True)
+    return lambda number: load_step(records, load, [2 * number, 2 * number + 1], Packing(1, share=True), token)
 
 
 @pytest.mark.parametrize(("workers", "processes"), [(1, False), (3, False), (1, True), (2, True)])
@@ -38,9 +38,10 @@ def test_steps_made_ahead_are_those_made_when_asked(step: Callable[[int], Loaded
     for one, other in zip(asked, ahead, strict=True):
         assert [batch.ids for batch in one.batches] == [batch.ids for batch in other.batches]
         for left, right in zip(one.batches, other.batches, strict=True):
-            for name in ("ids_1T", "positions_1T", "targets_1T", "tiles_PHWC"):
+            for name in ("ids_1T", "positions_1T", "labelled_N", "targets_N", "tiles_PHWC"):
                 assert torch.equal(getattr(left, name), getattr(right, name)), name
-            assert torch.equal(left.layout.index_BL, right.layout.index_BL)
+            assert left.layout.groups == right.layout.groups
+            assert torch.equal(left.layout.begins_R, right.layout.begins_R)
 
 
 @pytest.mark.parametrize("processes", [False, True])

@@ -12,10 +12,11 @@ from transformers import InternVLForConditionalGeneration
 from intervale.core.records import Message, Record, read_records
 from intervale.data.dataset import Item, TileCache, load_item
 from intervale.model.attention import use_packed_attention
+from intervale.model.decoder import Walk
 from intervale.model.forward import normalise, tower_features
 from intervale.model.load import load_network, text_side
 from intervale.train.batches import collate
-from intervale.train.prepare import choose_checkpointing, estimate, freeze_and_adapt, set_modes
+from intervale.train.prepare import freeze_and_adapt, recompute_tower, set_modes
 from intervale.train.recipe import Data, Lora, Train, TrainRecipe
 from intervale.train.state import trainable
 from intervale.train.step import Compute, accumulate, batch_losses, held_out
@@ -68,14 +69,14 @@ def gradients(
                 parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(name)))
     set_modes(network, chosen, True)
     if train.get("checkpointing") == "on":
-        cost = estimate(network, chosen, torch.float32, 100, 4)
-        assert choose_checkpointing(network, chosen, cost, torch.device("cpu"))
+        recompute_tower(network, chosen)
     bounds = np.cumsum([0, *sizes])
     kept = remembered(network, items) if keep else None
     if keep:
         items = [replace(item, pictures=tuple(replace(picture, tiles_PHWC=None) for picture in item.pictures)) for item in items]
     batches = [collate(items[a:b], TOKEN, share) for a, b in itertools.pairwise(bounds)]
-    compute = Compute(torch.float32, torch.device("cpu"), TOKEN, kept)
+    walk = Walk(recompute=train.get("checkpointing") == "on")
+    compute = Compute(torch.float32, torch.device("cpu"), TOKEN, kept, walk)
     targets = sum(batch.targets for batch in batches)
     for _ in range(2 if keep else 1):  # the second pass takes every feature from memory
         network.zero_grad()
@@ -87,6 +88,10 @@ def assert_same(a: tuple[float, dict[str, torch.Tensor]], b: tuple[float, dict[s
     assert abs(a[0] - b[0]) <= 1e-5 * abs(a[0])
     assert a[1].keys() == b[1].keys()
     for name, gradient in a[1].items():
+        if name.endswith("k_proj.bias"):  # adds the same to all scores of a query: its gradient is 0, and what is left is rounding
+            others = a[1][name.replace("k_proj", "q_proj")].norm()
+            assert max(gradient.norm(), b[1][name].norm()) <= 1e-5 * others, name
+            continue
         assert (gradient - b[1][name]).norm() <= 1e-5 * gradient.norm() + 1e-9, name
 
 
@@ -174,7 +179,7 @@ def test_every_item_of_a_shared_row_has_its_own_loss(tiny: Path, asked: list[Ite
     compute = Compute(torch.float32, torch.device("cpu"), TOKEN)
     alone = torch.cat([batch_losses(network, collate([item], TOKEN).to(compute.device), compute)[0] for item in asked])
     together = batch_losses(network, collate(asked, TOKEN, share=True).to(compute.device), compute)[0]
-    assert torch.allclose(alone, together, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(alone.sort().values, together.sort().values, rtol=1e-5, atol=1e-6)  # rows stand in the order of their lengths
 
 
 def test_a_pack_is_refused_by_a_network_that_would_mix_its_rows(tiny: Path, items: list[Item]) -> None:

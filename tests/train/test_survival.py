@@ -24,7 +24,8 @@ from intervale.core.runlog import read_metrics
 from intervale.model import adapt
 from intervale.model.adapt import attach_lora, newest_checkpoint, verify_checkpoint
 from intervale.model.load import load_network
-from intervale.train import loop, state, step
+from intervale.train import loop as run_loop
+from intervale.train import state, step, steps
 from intervale.train.recipe import TrainRecipe
 from intervale.train.resume import sweep
 from intervale.train.state import Progress, choose_checkpoint, restore, save_checkpoint, trainable
@@ -55,14 +56,14 @@ def straight(tmp_path_factory: pytest.TempPathFactory, tiny: Path, plates: Path)
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
     """Do `act` once step `number` is made, before it is saved."""
-    real = loop.append_metrics
+    real = steps.append_metrics
 
     def append(folder: Path, entry: dict[str, Any]) -> None:
         real(folder, entry)
         if entry["step"] == number:
             act()
 
-    monkeypatch.setattr(loop, "append_metrics", append)
+    monkeypatch.setattr(steps, "append_metrics", append)
 
 
 @pytest.mark.parametrize("workers", [0, 4])
@@ -323,7 +324,7 @@ def test_rotation_after_damage_keeps_what_was_just_written(tmp_path: Path, tiny:
     _flip(folder / "checkpoints" / LAST / "trained.safetensors")
     (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | {"status": "running"}))
     saved = []
-    real = loop.save_checkpoint
+    real = steps.save_checkpoint
 
     def save(*values: Any) -> Path:
         saved.append(real(*values))
@@ -331,7 +332,7 @@ def test_rotation_after_damage_keeps_what_was_just_written(tmp_path: Path, tiny:
         return saved[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "save_checkpoint", save)
+        patch.setattr(steps, "save_checkpoint", save)
         assert run(path, "train.save_steps=1", "train.save_total_limit=1", resume=True).status == "done"
     assert [path.name for path in saved] == ["step-00000005", LAST]
     assert_same_run(straight, folder)
@@ -357,10 +358,10 @@ def test_changes_are_refused_field_by_field_unless_accepted(
     recipe = load_recipe(path, TrainRecipe)
     wide = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"rank": 8})})
     with pytest.raises(UserError, match=r"lora_A.*\[4, .*and \[8, "):
-        loop.train(wide, "r", resume=True, fresh=False, dry_run=False, tell=lambda text: None, accept_changes=True)
+        run_loop.train(wide, "r", resume=True, fresh=False, dry_run=False, tell=lambda text: None, accept_changes=True)
     said: list[str] = []
     faster = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": 2e-3})})
-    done = loop.train(faster, "r", resume=True, fresh=False, dry_run=False, tell=said.append, accept_changes=True)
+    done = run_loop.train(faster, "r", resume=True, fresh=False, dry_run=False, tell=said.append, accept_changes=True)
     assert done.status == "done"
     assert any("learning_rate: 0.001 -> 0.002" in line for line in said)
 
@@ -442,7 +443,7 @@ def test_memory_that_ends_is_told_with_what_to_set(
     tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch, at: int, error: RuntimeError
 ) -> None:
     path = write_recipe(tmp_path, tiny, plates, epochs=3, save_steps=1)
-    real, calls = loop.accumulate, []
+    real, calls = steps.accumulate, []
 
     def accumulate(*values: Any) -> Any:
         calls.append(1)
@@ -451,7 +452,7 @@ def test_memory_that_ends_is_told_with_what_to_set(
         return real(*values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "accumulate", accumulate)
+        patch.setattr(steps, "accumulate", accumulate)
         with pytest.raises(UserError, match="memory is not enough") as caught:
             run(path)
     assert "train.batch_size" in caught.value.fix

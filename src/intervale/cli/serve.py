@@ -50,6 +50,9 @@ _Queue = Annotated[int, typer.Option(min=1, help="Requests that may wait; more a
 _Cache = Annotated[int, typer.Option(min=0, help="local: MiB for conversations that may go on and for pictures seen.")]
 _Report = Annotated[Path | None, typer.Option(help="A report.html of `intervale compare`, shown on the page.")]
 _NoPage = Annotated[bool, typer.Option("--no-page", help="The API alone; saves the seconds that the page takes to start.")]
+_Share = Annotated[
+    bool, typer.Option("--share", help="A public link through Gradio's relay as well. Needs an API key: it is the password.")
+]
 _Remote = Annotated[bool, typer.Option("--remote-images", help="Fetch pictures from public web addresses too.")]
 
 
@@ -76,6 +79,7 @@ def serve(
     remote_images: _Remote = False,
     report: _Report = None,
     no_page: _NoPage = False,
+    share: _Share = False,
 ) -> None:
     """Answer over HTTP: a page and OpenAI's API on one port, for this machine unless told otherwise."""
     from intervale.data.images import max_pixels
@@ -87,7 +91,7 @@ def serve(
     keys = read_keys(api_key_file, os.environ.get("INTERVALE_API_KEYS", ""))
     limits = Limits(new_tokens=max_new_tokens, default_new_tokens=min(512, max_new_tokens))
     media = MediaLimits(remote=remote_images, picture_pixels=max_pixels())
-    serving = Serving(door_rules(host, keys, tuple(allow_host or ()), limits, insecure=insecure), media)
+    serving = Serving(door_rules(host, keys, tuple(allow_host or ()), limits, insecure=insecure, shared=share), media)
     _refuse_strays(engine, base_url=base_url, engine_python=engine_python, adapter=adapter, base=base, device=device, max_tiles=max_tiles)
     shown_report = _read_report(report, no_page)
     sock = open_port(host, port)
@@ -99,12 +103,12 @@ def serve(
         desk = _launched(engine, model, engine_python, tp, memory_share, queue)
     try:
         page = None if no_page else _page(engine, model, adapter, base, max_tiles, shown_report)
-        run(create_app(desk, serving, page), sock, lambda: _ready(desk, host, sock.getsockname()[1], page is not None))
+        run(create_app(desk, serving, page), sock, lambda: _ready(desk, host, sock.getsockname()[1], page is not None, share))
     finally:
         desk.close()
 
 
-def _ready(desk: Desk, host: str, port: int, page: bool) -> None:
+def _ready(desk: Desk, host: str, port: int, page: bool, shared: bool) -> None:
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     names, what, was = ", ".join(desk.models), "page and " if page else "", "网页；" if page else ""
     result(
@@ -113,6 +117,14 @@ def _ready(desk: Desk, host: str, port: int, page: bool) -> None:
             f"{names} 已就绪：{address}（{was}API：{address}/v1；Ctrl-C 结束）",
         )
     )
+    if shared:
+        from intervale.serve.share import share
+
+        share(
+            port,
+            lambda link: result(say(f"shared at {link} (the API key is the password)", f"公开链接：{link}（API 密钥即密码）")),
+            lambda error: note(f"{error.what}; {error.fix}"),
+        )
 
 
 def _read_report(report: Path | None, no_page: bool) -> bytes | None:

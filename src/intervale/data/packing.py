@@ -1,7 +1,9 @@
-"""A micro-batch as rows without padding, and questions on one picture as one row that holds their common beginning once.
+"""A micro-batch as rows, and questions on one picture as one row that holds their common beginning once.
 
-Promises: every item's own tokens, positions and targets, in the order of its kind; a row of one item is that item. Sharing changes
-which tokens are computed twice, never what a token sees: a branch sees the common beginning and itself. NumPy only.
+Promises: every item's own tokens, positions and targets; a row of one item is that item. Sharing changes which tokens are computed
+twice, never what a token sees: a branch sees the common beginning and itself. Rows of about one length stand together in a group and
+are filled up to one shape, so that attention sees a plain batch and nothing is copied for it; what is filled in has no target and is
+seen by nobody. Cost: at most about `_WASTE` of the tokens, more only where there would be more than `_MOST_GROUPS` groups. NumPy only.
 Legend: T tokens of all rows, S tokens of one item.
 """
 
@@ -14,23 +16,62 @@ import numpy as np
 
 from intervale.data.dataset import Item, ItemPicture
 
+_WASTE = 0.03  # share of filled-in tokens that a group may have
+_ALIGNED = 16  # tokens
+_MOST_GROUPS = 8  # attention is one call a group
+
+Tokens = tuple[np.ndarray, np.ndarray]  # ids and targets
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of one shape: `common` tokens, then `branches` times `branch` tokens, filled up where a row has fewer."""
+
+    rows: int
+    common: int
+    branches: int = 0
+    branch: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.common + self.branches * self.branch
+
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows one after another. `branch_T` is 0 in a row's common beginning and 1, 2, ... in what follows it; `targets_T` the id that
-    must follow a token, or -1. `pictures` has one entry for each picture's place, in order; the same picture may stand in several."""
+    """Rows one after another, group by group. `begins` is every row's own number of common tokens; `targets_T` the id that must follow a
+    token, or -1; `tokens` counts without what was filled in. `pictures` has one entry for each picture's place, in order; the same
+    picture may stand in several."""
 
     ids_T: np.ndarray
     positions_T: np.ndarray
-    branch_T: np.ndarray
     targets_T: np.ndarray
-    lengths: tuple[int, ...]
+    groups: tuple[Group, ...]
+    begins: tuple[int, ...]
+    tokens: int
     pictures: tuple[ItemPicture, ...]
 
     @property
     def shared(self) -> bool:
         """Does any row hold more than one item?"""
-        return bool((self.branch_T > 1).any())
+        return any(group.branches for group in self.groups)
+
+
+@dataclass(frozen=True)
+class _Row:
+    common: Tokens
+    branches: tuple[Tokens, ...]
+    pictures: tuple[ItemPicture, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(branches, common tokens, tokens of the longest branch)."""
+        return len(self.branches), len(self.common[0]), max((len(ids) for ids, _ in self.branches), default=0)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.common[0]) + sum(len(ids) for ids, _ in self.branches)
 
 
 def _targets(item: Item) -> np.ndarray:
@@ -52,7 +93,7 @@ def common_beginning(items: Sequence[Item], image_token: int) -> int:
     return length if length > last_picture else 0
 
 
-def _grouped(items: Sequence[Item]) -> list[list[Item]]:
+def grouped(items: Sequence[Item]) -> list[list[Item]]:
     """Items about the same pictures together, in the order of their first; text alone is a group of its own."""
     groups: dict[object, list[Item]] = {}
     for number, item in enumerate(items):
@@ -60,31 +101,78 @@ def _grouped(items: Sequence[Item]) -> list[list[Item]]:
     return list(groups.values())
 
 
-def _shared_row(items: Sequence[Item], length: int) -> list[tuple[np.ndarray, ...]]:
-    """(ids, positions, branch, targets) of the common beginning and of each item's rest."""
-    begin = np.arange(length)
-    parts: list[tuple[np.ndarray, ...]] = [(items[0].ids_S[:length], begin, np.zeros(length, np.int64), np.full(length, -1, np.int64))]
-    for number, item in enumerate(items, 1):
-        rest = len(item.ids_S) - length
-        parts.append((item.ids_S[length:], length + np.arange(rest), np.full(rest, number), _targets(item)[length:]))
-    return parts
-
-
-def pack(items: Sequence[Item], share: bool, image_token: int) -> Rows:
+def _rows_of(items: Sequence[Item], share: bool, image_token: int) -> list[_Row]:
     """The items as rows; with `share` items about the same pictures become one row where their beginnings agree."""
-    rows: list[list[tuple[np.ndarray, ...]]] = []
-    pictures: list[ItemPicture] = []
-    for group in _grouped(items) if share else [[item] for item in items]:
+    rows: list[_Row] = []
+    for group in grouped(items) if share else [[item] for item in items]:
         length = common_beginning(group, image_token) if len(group) > 1 and group[0].pictures else 0
         if length:
-            rows.append(_shared_row(group, length))
-            pictures += group[0].pictures
+            begin = (group[0].ids_S[:length], np.full(length, -1, np.int64))
+            rests = tuple((item.ids_S[length:], _targets(item)[length:]) for item in group)
+            rows.append(_Row(begin, rests, group[0].pictures))
         else:
-            for item in group:
-                size = len(item.ids_S)
-                rows.append([(item.ids_S, np.arange(size), np.ones(size, np.int64), _targets(item))])
-                pictures += item.pictures
-    flat = [part for row in rows for part in row]
-    ids_T, positions_T, branch_T, targets_T = (np.concatenate([part[at] for part in flat]) for at in range(4))
-    lengths = tuple(sum(len(part[0]) for part in row) for row in rows)
-    return Rows(ids_T, positions_T, branch_T, targets_T, lengths, tuple(pictures))
+            rows += [_Row((item.ids_S, _targets(item)), (), item.pictures) for item in group]
+    return rows
+
+
+def row_tokens(items: Sequence[Item], share: bool, image_token: int) -> int:
+    """Tokens of the rows that these items give."""
+    return sum(row.tokens for row in _rows_of(items, share, image_token))
+
+
+def _round_up(length: int, shapes: int) -> int:
+    """The next of `shapes` lengths an octave, in steps of `_ALIGNED` at least (0: the length itself): few shapes, so that a GPU's kernels
+    are set up few times, and even ones, so that one of them serves all."""
+    if not shapes or not length:
+        return length
+    step = max(_ALIGNED, (1 << (length.bit_length() - 1)) // shapes)
+    return -(-length // step) * step
+
+
+def _shape_of(rows: Sequence[_Row], shapes: int) -> Group:
+    branches, _, _ = rows[0].shape
+    common, branch = (_round_up(max(row.shape[at] for row in rows), shapes) for at in (1, 2))
+    return Group(len(rows), common, branches, branch)
+
+
+def _in_groups(rows: Sequence[_Row], shapes: int) -> list[tuple[Group, list[_Row]]]:
+    """The rows, longest first, in groups that fill in no more than they may."""
+    ordered = sorted(rows, key=lambda row: row.shape, reverse=True)
+    waste = _WASTE
+    while True:
+        groups: list[list[_Row]] = []
+        for row in ordered:
+            if groups and groups[-1][0].shape[0] == row.shape[0]:
+                tried = [*groups[-1], row]
+                group = _shape_of(tried, 0)
+                if group.rows * group.length <= (1 + waste) * sum(one.tokens for one in tried):
+                    groups[-1] = tried
+                    continue
+            groups.append([row])
+        if len(groups) <= max(_MOST_GROUPS, len({row.shape[0] for row in rows})):
+            return [(_shape_of(group, shapes), group) for group in groups]
+        waste *= 2
+
+
+def _fill(row: _Row, group: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, positions, targets) of a row in its group's shape."""
+    begin = len(row.common[0])
+    ids = np.full(group.length, row.common[0][0], np.int64)
+    targets = np.full(group.length, -1, np.int64)
+    positions = np.concatenate([np.arange(group.common), np.tile(begin + np.arange(group.branch), group.branches)])
+    places = [(0, row.common), *((group.common + at * group.branch, rest) for at, rest in enumerate(row.branches))]
+    for place, (own_ids, own_targets) in places:
+        ids[place : place + len(own_ids)] = own_ids
+        targets[place : place + len(own_ids)] = own_targets
+    return ids, positions, targets
+
+
+def pack(items: Sequence[Item], share: bool, image_token: int, shapes: int = 0) -> Rows:
+    """The items as rows in groups. `shapes`: lengths an octave that a group may have, 0 for any."""
+    grouped = _in_groups(_rows_of(items, share, image_token), shapes)
+    filled = [_fill(row, group) for group, rows in grouped for row in rows]
+    ids_T, positions_T, targets_T = (np.concatenate([parts[at] for parts in filled]) for at in range(3))
+    every = [row for _, rows in grouped for row in rows]
+    pictures = tuple(picture for row in every for picture in row.pictures)
+    begins = tuple(len(row.common[0]) for row in every)
+    return Rows(ids_T, positions_T, targets_T, tuple(group for group, _ in grouped), begins, sum(row.tokens for row in every), pictures)

@@ -19,26 +19,49 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 # The text model's own type, where the folder's is a name of remote code.
 _LLM = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama", "Phi3ForCausalLM": "phi3"}
 
+# What the official configuration classes take where a config.json says nothing (OpenGVLab/InternVL, InternLM/InternLM).
+_VISION = {
+    "num_channels": 3, "patch_size": 14, "qkv_bias": False, "qk_normalization": True, "hidden_act": "gelu", "norm_type": "rms_norm",
+    "layer_norm_eps": 1e-6, "dropout": 0.0, "drop_path_rate": 0.0, "attention_dropout": 0.0, "initializer_range": 0.02, "initializer_factor": 0.1,
+    "use_flash_attn": False,
+}  # fmt: skip
+_INTERNLM2 = {
+    "hidden_act": "silu", "rms_norm_eps": 1e-6, "bias": True, "rope_theta": 10000, "rope_scaling": None, "use_cache": True,
+    "initializer_range": 0.02, "max_position_embeddings": 2048,
+}  # fmt: skip
+_CHAT = {
+    "select_layer": -1, "force_image_size": None, "downsample_ratio": 0.5, "template": None, "dynamic_image_size": False, "use_thumbnail": False,
+    "ps_version": "v1", "min_dynamic_patch": 1, "max_dynamic_patch": 6,
+}  # fmt: skip
+
 
 def register() -> None:
     """Make AutoConfig read 'internvl_chat' as objects with attributes, all of them the folder's own."""
     from transformers import AutoConfig, PretrainedConfig
 
-    class Plain(PretrainedConfig):
-        def __init__(self, **values: Any) -> None:
-            kept = {name: value for name, value in values.items() if name not in ("auto_map", "model_type")}
-            super().__init__(**kept)
-            for name, value in kept.items():
-                if not hasattr(self, name):
-                    setattr(self, name, value)
+    def fill(config: Any, usual: dict[str, Any], values: dict[str, Any]) -> None:
+        kept = {name: value for name, value in values.items() if name not in ("auto_map", "model_type")}
+        for name, value in usual.items():  # before transformers reads them: it makes one of what it knows about rope
+            setattr(config, name, kept.get(name, value))
+        PretrainedConfig.__init__(config, **kept)
+        for name, value in kept.items():
+            if not hasattr(config, name):
+                setattr(config, name, value)
 
-    class Vision(Plain):
+    # Each with an __init__ of its own: transformers writes one for a class that has none.
+    class Vision(PretrainedConfig):
         model_type = "intern_vit_6b"
 
-    class InternLM2(Plain):
+        def __init__(self, **values: Any) -> None:
+            fill(self, _VISION, values)
+
+    class InternLM2(PretrainedConfig):
         model_type = "internlm2"
 
-    class Chat(Plain):
+        def __init__(self, **values: Any) -> None:
+            fill(self, _INTERNLM2, values)
+
+    class Chat(PretrainedConfig):
         model_type = "internvl_chat"
         sub_configs: ClassVar[dict[str, Any]] = {}
 
@@ -46,7 +69,7 @@ def register() -> None:
             # Both may be missing: transformers makes an empty one when it compares configurations.
             self.vision_config = vision_config if isinstance(vision_config, PretrainedConfig) else Vision(**(vision_config or {}))
             self.llm_config = llm_config if isinstance(llm_config, PretrainedConfig) else text(llm_config or {})
-            super().__init__(**values)
+            fill(self, _CHAT, values)
 
         def to_dict(self) -> dict[str, Any]:
             return super().to_dict() | {"vision_config": self.vision_config.to_dict(), "llm_config": self.llm_config.to_dict()}
@@ -82,7 +105,8 @@ def end_with_parent() -> None:
     """Leave when the pipe on stdin closes: whoever started this is gone, however it went."""
 
     def watch() -> None:
-        while sys.stdin.buffer.read(4096):
+        # Not through sys.stdin: Python takes its lock when it ends, and this thread would still hold it.
+        while os.read(0, 4096):
             pass
         os._exit(0)
 

@@ -8,9 +8,8 @@ for the terminal (`fix`), never for a gateway's clients (`what`).
 from __future__ import annotations
 
 import asyncio
-import base64
+import contextlib
 import io
-import json
 import random
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -18,14 +17,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import pybase64
 from PIL import Image
 
 from intervale.core.errors import UserError, nearest
+from intervale.core.wire import from_json, to_json
 from intervale.engine.api import ChatTurn, Delta, EngineError, Load, Photo, RefusedError, Request, UpstreamRefusedError
 
 _AGAIN = (408, 429, 502, 503, 504)  # the server was busy or away: it did not look at the request
 _LONGEST_PAUSE = 30.0  # seconds, also where the server asks for more
 _LONGEST_EVENT = 4 << 20  # bytes of one line
+_LAST_WORD = 0.2  # seconds for the end of an answer after its last event
 
 
 @dataclass(eq=False)
@@ -174,7 +176,7 @@ def _body(request: Request, model: str) -> bytes:
         "top_p": sampling.top_p,
     }
     optional = {"top_k": sampling.top_k or None, "seed": sampling.seed, "stop": list(sampling.stop) or None}
-    return json.dumps(body | {name: value for name, value in optional.items() if value is not None}).encode()
+    return to_json(body | {name: value for name, value in optional.items() if value is not None})
 
 
 def _content(turn: ChatTurn) -> str | list[dict[str, Any]]:
@@ -198,10 +200,10 @@ def _content(turn: ChatTurn) -> str | list[dict[str, Any]]:
 
 def _data_url(picture: Image.Image | Photo) -> str:
     if isinstance(picture, Photo):
-        return f"data:{picture.media};base64,{base64.b64encode(picture.data).decode()}"
+        return f"data:{picture.media};base64,{pybase64.b64encode_as_string(picture.data)}"
     out = io.BytesIO()
     picture.save(out, "PNG", compress_level=1)
-    return f"data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}"
+    return f"data:image/png;base64,{pybase64.b64encode_as_string(out.getvalue())}"
 
 
 async def _refusal(got: httpx.Response) -> Exception:
@@ -213,7 +215,7 @@ async def _refusal(got: httpx.Response) -> Exception:
             break
     said, code = bytes(raw[:300]).decode("utf-8", "replace"), ""
     try:
-        value = json.loads(bytes(raw))
+        value = from_json(bytes(raw))
         error = value.get("error", value)
         said, code = str(error.get("message", said))[:300], str(error.get("code", ""))
     except (ValueError, AttributeError):
@@ -263,13 +265,22 @@ async def _events(got: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
                 continue
             data = line[5:].strip()
             if data == "[DONE]":
+                await _to_its_end(lines)
                 return
             try:
-                event = json.loads(data)
+                event = from_json(data)
             except ValueError as error:
                 raise httpx.RemoteProtocolError("an event that is not JSON") from error
             if isinstance(event, dict):
                 yield event
+
+
+async def _to_its_end(lines: AsyncGenerator[str, None]) -> None:
+    """Nothing comes after [DONE] but the end of the answer; only when that was read can its connection serve the next request."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_WORD):
+            async for _ in lines:
+                pass
 
 
 async def _lines(got: httpx.Response) -> AsyncGenerator[str, None]:

@@ -5,12 +5,18 @@ Logits are computed only where a label is. Legend: B samples, S positions, T tok
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import InternVLForConditionalGeneration
 
 from intervale.data.tiling import IMAGENET_MEAN, IMAGENET_STD
-from intervale.model.attention import NAME, Layout
+from intervale.model.attention import Layout
+from intervale.model.decoder import Walk, hidden_at_targets
+
+_LABELS = 1024  # logits at a time; with more labels than this they are made again on the way back (0.4 GiB at 92,553 words)
 
 
 def normalise(tiles_PHWC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -40,15 +46,20 @@ def picture_features(network: InternVLForConditionalGeneration, pixels_PCHW: tor
 
 
 def embed(
-    network: InternVLForConditionalGeneration, ids_BS: torch.Tensor, features: torch.Tensor | None, image_token_id: int
+    network: InternVLForConditionalGeneration,
+    ids_BS: torch.Tensor,
+    features: torch.Tensor | None,
+    image_token_id: int,
+    count: int | None = None,
 ) -> torch.Tensor:
     """Token embeddings with the pictures' features in place of `<IMG_CONTEXT>`.
 
-    The counts must agree: a silent mismatch is how other trainers lose pictures.
+    The counts must agree: a silent mismatch is how other trainers lose pictures. `count`: the number of places if it is known
+    already; asking a GPU for it would wait for all that was given to it before.
     """
     embedded = network.get_input_embeddings()(ids_BS)
     places = ids_BS == image_token_id
-    count = int(places.sum())
+    count = int(places.sum()) if count is None else count
     have = 0 if features is None else features.shape[0] * features.shape[1]
     assert count == have, f"{count} picture tokens but {have} features"
     if features is None:
@@ -61,20 +72,31 @@ def target_losses(
     embedded_1TD: torch.Tensor,
     positions_1T: torch.Tensor,
     layout: Layout,
-    targets_1T: torch.Tensor,
+    labelled_N: torch.Tensor,
+    targets_N: torch.Tensor,
+    walk: Walk = Walk(),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss of every target, is it the most likely token), both of length N, in the order of the pack.
 
-    `targets_1T` holds at each token the id that is to follow, or -1; no logits are computed at the -1. The network's language
-    model must use packed attention (`model.attention.use_packed_attention`), or the rows would see each other.
+    `labelled_N` are the places of the tokens with a target, the id that is to follow; no logits are computed elsewhere.
     """
-    text = network.model.language_model
-    assert text.config._attn_implementation == NAME, "rows of a pack would see each other"
-    hidden_1TD = text(
-        inputs_embeds=embedded_1TD, position_ids=positions_1T, attention_mask=None, use_cache=False, layout=layout
-    ).last_hidden_state
-    wanted = targets_1T >= 0
-    logits_NV = network.lm_head(hidden_1TD[wanted]).float()
-    targets_N = targets_1T[wanted]
-    losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
-    return losses_N, logits_NV.argmax(-1) == targets_N
+    hidden_ND = hidden_at_targets(network, embedded_1TD, positions_1T, layout, labelled_N, walk)
+    losses, right = zip(*(_head_losses(network, *part) for part in _parts(hidden_ND, targets_N)), strict=True)
+    return torch.cat(losses), torch.cat(right)
+
+
+def _parts(hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(hidden_ND.split(_LABELS), targets_N.split(_LABELS), strict=True)
+
+
+def _head_losses(
+    network: InternVLForConditionalGeneration, hidden_ND: torch.Tensor, targets_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(hidden_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits_NV = network.lm_head(hidden_ND).float()
+        return functional.cross_entropy(logits_NV, targets_N, reduction="none"), logits_NV.detach().argmax(-1) == targets_N
+
+    if len(targets_N) < _LABELS or not torch.is_grad_enabled():
+        return losses(hidden_ND)
+    found: tuple[torch.Tensor, torch.Tensor] = checkpoint(losses, hidden_ND, use_reentrant=False)
+    return found

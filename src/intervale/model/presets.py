@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +168,15 @@ def init_model(dst: Path, preset: str, tokenizer: Path | None = None, seed: int 
     heads = families.heads_of(config)
     depth = {"model.vision_tower": config.vision_config.num_hidden_layers}
     with staged_folder(dst) as folder:
-        tensors = {}
-        for move in layout.plan_moves(shapes, backbone.style):
+
+        def drawn(move: layout.Move) -> torch.Tensor:
             layers = depth.get(move.natives[0][:18], config.text_config.num_hidden_layers)
-            parts = [_draw(name, shapes[name], seed, layers).to(dtype) for name in move.natives]
-            tensors[move.official] = layout.join(move, parts, heads)
+            return layout.join(move, [_draw(name, shapes[name], seed, layers).to(dtype) for name in move.natives], heads)
+
+        moves = layout.plan_moves(shapes, backbone.style)
+        # Each tensor has a generator of its own, so threads may draw them in any order; drawing lets go of Python's lock.
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            tensors = dict(zip((move.official for move in moves), pool.map(drawn, moves), strict=True))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         _write_text_files(folder, official, backend, tokenizer)
     return count

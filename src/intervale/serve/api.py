@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
@@ -21,6 +20,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from intervale.core.errors import nearest
+from intervale.core.wire import to_json
 from intervale.engine.api import ChatTurn, Delta, Desk, Photo, Request, Sampling
 from intervale.serve.errors import ApiError, as_api_error, bad
 from intervale.serve.limits import Limits, read_body
@@ -32,7 +32,6 @@ log = logging.getLogger("intervale.serve")
 _T = TypeVar("_T")
 _SMALL = 1 << 20  # bytes of a body that are read faster than a thread is found for it
 _CROWD, _PACE = 8, 0.01  # with more answers than that, events of a stream come at most every so many seconds
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class _GoneError(Exception):
@@ -289,7 +288,7 @@ async def _paced(first: Delta, rest: AsyncIterator[Delta]) -> AsyncGenerator[Del
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + _encode(value).encode("utf-8", "replace") + b"\n\n"
+    return b"data: " + to_json(value) + b"\n\n"
 
 
 def _head(doing: _Answering, kind: str) -> dict[str, Any]:

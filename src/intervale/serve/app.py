@@ -28,6 +28,7 @@ from intervale.serve.errors import ApiError
 from intervale.serve.limits import Limits
 from intervale.serve.media import MediaLimits
 from intervale.serve.metrics import Metrics
+from intervale.serve.share import refuse_open
 
 Page = Callable[[FastAPI], FastAPI]
 _MOST_CONNECTIONS = 800  # below the usual limit of 1024 open files
@@ -87,8 +88,16 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
         return ApiError(500, "internal_error", "the server failed on this request; its log has the reason").response()
 
 
-def door_rules(host: str, keys: Keys, allowed: tuple[str, ...], limits: Limits = Limits(), *, insecure: bool = False) -> DoorRules:
-    """Who may come in when the server listens on `host`. Raises: UserError for a public address without a key."""
+def door_rules(
+    host: str, keys: Keys, allowed: tuple[str, ...], limits: Limits = Limits(), *, insecure: bool = False, shared: bool = False
+) -> DoorRules:
+    """Who may come in when the server listens on `host`, or is `shared` under a name that is not known yet.
+
+    Raises: UserError for a public address without a key.
+    """
+    if shared:
+        refuse_open(keys)
+        return DoorRules(keys, None, limits)
     loopback = host in ("localhost", "::1") or host.startswith("127.")
     if not loopback and not keys.digests and not insecure:
         raise UserError(

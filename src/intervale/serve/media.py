@@ -8,7 +8,6 @@ resolves to must be public, the connection goes to the checked address, and each
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
 import ipaddress
 import re
@@ -17,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import httpx
+import pybase64
 
 from intervale.data.images import picture_size
 from intervale.engine.api import Photo
@@ -89,7 +89,7 @@ def read_data_url(url: str, place: str, most: int) -> bytes:
     if size > most + 2:  # padding stands for up to two bytes
         raise bad("image_too_large", f"{place}: the picture has about {size:,} bytes; the limit is {most:,}", place)
     try:
-        data = base64.b64decode(url[head.end() :].encode("ascii"), validate=True)
+        data = pybase64.b64decode(url[head.end() :].encode("ascii"), validate=True)
     except (binascii.Error, ValueError):
         raise bad("invalid_image_url", f"{place}: the data URL is not valid base64", place) from None
     if len(data) > most:

@@ -1,16 +1,17 @@
 """From items to packed micro-batches, a step at a time, made ahead of the step that needs them.
 
 On a CPU by threads: Pillow and NumPy release the interpreter lock while they work, and one tile cache serves all. Beside a GPU by
-processes: there the lock is what the thread that launches kernels waits for. Legend: T tokens, P tiles.
+processes: there the lock is what the thread that launches kernels waits for. Legend: T tokens, N tokens
+with a target, P tiles.
 """
 
 from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from intervale.core.errors import UserError
 from intervale.core.records import Record
 from intervale.data.dataset import Item
-from intervale.data.packing import pack
+from intervale.data.packing import grouped, pack, row_tokens
 from intervale.model.attention import Layout, layout_of
 
 _STEPS_AHEAD = 2
@@ -28,32 +29,49 @@ _STEPS_AHEAD = 2
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch without padding. `targets_1T`: the id that must follow each token, or -1. `tiles_of` says
+    """A micro-batch. `labelled_N`: the places of tokens that have a target, `targets_N` the id that must follow each. `tiles_of` says
     how many tiles each distinct picture has; those of `live` ones stand in `tiles_PHWC`, of the others the features are kept under their
-    key. `slots` names the picture of each place in the text."""
+    key. `slots` names the picture of each place in the text, `places` counts the picture tokens. `tokens` counts without what fills rows
+    up. `features`: kept ones that are on the device already, by key."""
 
     ids_1T: torch.Tensor
     positions_1T: torch.Tensor
-    targets_1T: torch.Tensor
+    labelled_N: torch.Tensor
+    targets_N: torch.Tensor
     layout: Layout
     tiles_PHWC: torch.Tensor
     keys: tuple[str, ...]
     tiles_of: tuple[int, ...]
     live: tuple[bool, ...]
     slots: tuple[int, ...]
+    places: int
+    tokens: int
     ids: tuple[str, ...]  # the items' own
+    features: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def targets(self) -> int:
         """Number of target tokens."""
-        return int((self.targets_1T >= 0).sum())
+        return len(self.targets_N)
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor], layout: Layout) -> Batch:
+        own = (self.ids_1T, self.positions_1T, self.labelled_N, self.targets_N, self.tiles_PHWC)
+        ids, positions, labelled, targets, tiles = map(change, own)
+        return replace(self, ids_1T=ids, positions_1T=positions, labelled_N=labelled, targets_N=targets, tiles_PHWC=tiles, layout=layout)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        ids, positions, targets, tiles = (
-            t.to(device, non_blocking=True) for t in (self.ids_1T, self.positions_1T, self.targets_1T, self.tiles_PHWC)
-        )
-        return replace(self, ids_1T=ids, positions_1T=positions, targets_1T=targets, tiles_PHWC=tiles, layout=self.layout.to(device))
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True), self.layout.to(device))
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor of the batch."""
+        yield from (self.ids_1T, self.positions_1T, self.labelled_N, self.targets_N, self.tiles_PHWC)
+        yield from self.layout.tensors()
+        yield from self.features.values()
+
+    def pin_memory(self) -> Batch:
+        """The batch in memory from which a GPU can copy while it computes."""
+        return self._with(torch.Tensor.pin_memory, self.layout)
 
 
 @dataclass(frozen=True)
@@ -63,32 +81,70 @@ class Loaded:
     batches: list[Batch]
     bad: list[tuple[str, UserError]]
 
+    def pin_memory(self) -> Loaded:
+        """The loader's last act beside a GPU."""
+        return Loaded([batch.pin_memory() for batch in self.batches], self.bad)
 
-def collate(items: Sequence[Item], image_token: int, share: bool = False) -> Batch:
-    """The items as one pack; with `share` questions on the same pictures hold their common beginning once."""
-    rows = pack(items, share, image_token)
-    positions_T, branch_T = torch.from_numpy(rows.positions_T), torch.from_numpy(rows.branch_T)
+
+@dataclass(frozen=True)
+class Packing:
+    """How a step's items become micro-batches: `items` in the order of the step, or with `tokens` as many as have room, best fit.
+    `share`: questions on the same pictures hold their common beginning once. `shapes`: lengths an octave, 0 for any (`data.packing`)."""
+
+    items: int
+    tokens: int = 0
+    share: bool = False
+    shapes: int = 0
+
+
+def collate(items: Sequence[Item], image_token: int, share: bool = False, shapes: int = 0) -> Batch:
+    """The items as one pack; with `share` questions on the same pictures hold their common beginning once. `shapes`: see `pack`."""
+    rows = pack(items, share, image_token, shapes)
+    positions_T, targets_T = torch.from_numpy(rows.positions_T), torch.from_numpy(rows.targets_T)
+    labelled_N = (targets_T >= 0).nonzero()[:, 0]
     distinct = {picture.key: picture for picture in rows.pictures}
     number = {key: at for at, key in enumerate(distinct)}
     tiles = [picture.tiles_PHWC for picture in distinct.values() if picture.tiles_PHWC is not None]
     return Batch(
         torch.from_numpy(rows.ids_T)[None],
         positions_T[None],
-        torch.from_numpy(rows.targets_T)[None],
-        layout_of(rows.lengths, positions_T, branch_T, rows.shared),
+        labelled_N,
+        targets_T[labelled_N],
+        layout_of(rows.groups, rows.begins, positions_T),
         torch.from_numpy(np.concatenate(tiles)) if tiles else torch.zeros((0, 1, 1, 3), dtype=torch.uint8),
         tuple(distinct),
         tuple(picture.count for picture in distinct.values()),
         tuple(picture.tiles_PHWC is not None for picture in distinct.values()),
         tuple(number[picture.key] for picture in rows.pictures),
+        int((rows.ids_T == image_token).sum()),
+        rows.tokens,
         tuple(item.id for item in items),
     )
 
 
+def _bins(items: Sequence[Item], packing: Packing, image_token: int) -> list[list[Item]]:
+    """The items in packs of at most `packing.tokens` tokens (one item may have more), largest first, each where it fits best."""
+    together = grouped(items) if packing.share else [[item] for item in items]
+    sizes = [(row_tokens(group, packing.share, image_token), group) for group in together]
+    bins: list[list[Item]] = []
+    room: list[int] = []
+    for size, group in sorted(sizes, key=lambda one: -one[0]):
+        fits = [(left - size, at) for at, left in enumerate(room) if left >= size]
+        if fits:
+            at = min(fits)[1]
+        else:
+            at = len(bins)
+            bins.append([])
+            room.append(packing.tokens)
+        bins[at] += group
+        room[at] -= size
+    return bins
+
+
 def load_step(
-    records: Sequence[Record], load: Callable[[Record], Item], indices: Sequence[int], size: int, image_token: int, share: bool
+    records: Sequence[Record], load: Callable[[Record], Item], indices: Sequence[int], packing: Packing, image_token: int
 ) -> Loaded:
-    """A step's items in micro-batches of `size`; items that cannot be read are told, not raised: the caller decides."""
+    """A step's items in micro-batches; items that cannot be read are told, not raised: the caller decides."""
     items: list[Item] = []
     bad: list[tuple[str, UserError]] = []
     for index in indices:
@@ -99,7 +155,9 @@ def load_step(
             items.append(load(record))
         except UserError as error:
             bad.append((name, error))
-    return Loaded([collate(items[at : at + size], image_token, share) for at in range(0, len(items), size)], bad)
+    size = packing.items
+    parts = _bins(items, packing, image_token) if packing.tokens else [items[at : at + size] for at in range(0, len(items), size)]
+    return Loaded([collate(part, image_token, packing.share, packing.shapes) for part in parts], bad)
 
 
 class _Steps(Dataset[Loaded]):
@@ -139,6 +197,7 @@ def load_ahead(load: Callable[[int], Loaded], start: int, total: int, workers: i
             multiprocessing_context="fork",
             worker_init_fn=_leave_signals,
             prefetch_factor=_STEPS_AHEAD,
+            pin_memory=torch.cuda.is_available(),
         )
     else:
         yield from _by_threads(load, start, total, workers)

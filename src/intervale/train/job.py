@@ -25,12 +25,13 @@ from intervale.data.dataset import Size
 from intervale.data.images import PictureError
 from intervale.data.order import Order
 from intervale.model.adapt import checkpoint_of, newest_checkpoint
+from intervale.model.decoder import Adapter
 from intervale.model.load import TextSide, as_device, load_network, narrow, resolve_model, text_side
 from intervale.model.source import build_network, fingerprint, open_source
 from intervale.train.measured import Measured, measure_all, measure_corpus
 from intervale.train.nonfinite import NONFINITE
 from intervale.train.parallel import World
-from intervale.train.prepare import Cost, choose_checkpointing, estimate, freeze_and_adapt, precision_of
+from intervale.train.prepare import Cost, can_fuse, estimate, freeze_and_adapt, fused_lora, precision_of
 from intervale.train.recipe import TrainRecipe
 
 Tell = Callable[[str], None]
@@ -38,7 +39,7 @@ Tell = Callable[[str], None]
 _FREE = {
     "out": None,
     "data": ("train", "index", "workers", "eval", "features_dir", "features_gib"),
-    "train": ("save_steps", "save_total_limit", "eval_steps", "features", "checkpointing"),
+    "train": ("save_steps", "save_total_limit", "eval_steps", "features", "checkpointing", "pack_tokens", "compile", "fused_lora"),
 }
 
 
@@ -77,6 +78,11 @@ class Job:
         per_epoch = -(-len(self.order()) // (self.per_step * world_size))
         steps = per_epoch * self.recipe.train.epochs
         return min(steps, self.recipe.train.max_steps or steps)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest training item."""
+        return self.measured.longest
 
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
@@ -189,31 +195,38 @@ def write_run(job: Job, status: str, extra: dict[str, Any] | None = None) -> Non
     write_json(job.folder / "run.json", value)
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A network that is set up for a recipe, with the estimate of a step's memory and, on a GPU, its fused LoRA layers."""
+
+    network: InternVLForConditionalGeneration
+    dtype: torch.dtype
+    cost: Cost
+    adapter: Adapter | None = None
+
+
 def _file_of(recipe: TrainRecipe) -> str:
     """The one file that was learned from, or the sources as the recipe names them."""
     sources = recipe.data.sources()
     return str(Path(sources[0].path).resolve()) if len(sources) == 1 else ", ".join(source.path for source in sources)
 
 
-def _estimate(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dtype) -> Cost:
-    freeze_and_adapt(network, job.recipe)
-    return estimate(network, job.recipe, dtype, job.measured.longest, job.measured.most_tiles)
-
-
-def load_for(job: Job, world: World) -> tuple[InternVLForConditionalGeneration, torch.dtype, Cost]:
-    """The network, frozen and adapted as the recipe says, with the estimate of a step's memory."""
+def load_for(job: Job, world: World) -> Ready:
+    """The network, frozen and adapted as the recipe says; its weights go from the files to the device in the type they compute in."""
     dtype = precision_of(job.recipe.train.precision, world.device)
     network = load_network(job.base, dtype=dtype, device=world.device, image_token_id=job.side.tokenizer.control("<IMG_CONTEXT>"))
-    cost = _estimate(job, network, dtype)
-    choose_checkpointing(network, job.recipe, cost, world.device)
-    return network, dtype, cost
+    freeze_and_adapt(network, job.recipe)
+    adapter = fused_lora(network, job.recipe)
+    return Ready(network, dtype, estimate(network, job.recipe, dtype, job.longest, adapter is not None), adapter)
 
 
-def plan_for(job: Job, world: World) -> tuple[InternVLForConditionalGeneration, torch.dtype, Cost]:
+def plan_for(job: Job, world: World) -> Ready:
     """As `load_for` without reading a weight: the parameters stay on the meta device."""
     dtype = precision_of(job.recipe.train.precision, world.device)
     network = build_network(open_source(job.base, job.side.tokenizer.control("<IMG_CONTEXT>")).config)
-    return network, dtype, _estimate(job, network, dtype)
+    freeze_and_adapt(network, job.recipe)
+    fused = job.recipe.train.fused_lora != "off" and can_fuse(world.device)
+    return Ready(network, dtype, estimate(network, job.recipe, dtype, job.longest, fused))
 
 
 def share_prefixes(job: Job) -> tuple[bool, str]:

@@ -20,7 +20,7 @@ from intervale.core.files import staged_folder, write_json
 from intervale.train.batches import Batch
 
 NONFINITE = "nonfinite"
-_TENSORS = ("ids_1T", "positions_1T", "targets_1T", "tiles_PHWC")
+_TENSORS = ("ids_1T", "positions_1T", "labelled_N", "targets_N", "tiles_PHWC")
 
 
 def keep_step(run: Path, rank: int, step: int, batches: Sequence[Batch], losses: Sequence[float], about: dict[str, Any]) -> UserError:
@@ -41,7 +41,7 @@ def keep_step(run: Path, rank: int, step: int, batches: Sequence[Batch], losses:
             shutil.rmtree(folder)  # the same step met again after --resume
         with staged_folder(folder) as aside:
             for number, batch in enumerate(batches):
-                save_file({name: getattr(batch, name).contiguous() for name in _TENSORS}, aside / f"batch-{number}.safetensors")
+                save_file({name: getattr(batch, name).cpu().contiguous() for name in _TENSORS}, aside / f"batch-{number}.safetensors")
             write_json(aside / "about.json", {"step": step, "rank": rank, **about, "batches": told})
     except UserError as error:
         kept = f"its batches could not be kept: {error.what}"  # what stops the run is told all the same

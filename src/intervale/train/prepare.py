@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from transformers import InternVLForConditionalGeneration
 
 from intervale.model.adapt import PARTS, attach_lora
 from intervale.model.attention import use_packed_attention
+from intervale.model.decoder import Adapter
 from intervale.train.recipe import TrainRecipe
 from intervale.train.state import trainable
 
@@ -18,8 +21,11 @@ _ADAM_BYTES = 4 + 4 + 4  # gradient and two moments in float32
 # Activations a layer keeps for the backward pass, in units of (tokens x hidden): measured shapes of a pre-norm block with a
 # gated MLP of ratio 4 (inputs of 2 norms, q k v, attention output, 3 MLP activations of 4 x hidden); with checkpointing, one.
 _KEPT_PER_LAYER, _KEPT_CHECKPOINTED = 18, 1
-# LoRA keeps its own float32 inputs beside them (measured: 28 GiB at 4 x 1,550 tokens, InternVL2-2B, LoRA 128, H100).
-_KEPT_WITH_LORA = 38
+# PEFT's LoRA keeps its own float32 inputs beside them (measured: 28 GiB at 4 x 1,550 tokens, InternVL2-2B, LoRA 128, H100); the fused
+# layers keep bfloat16 ones, of which most are there anyway.
+_KEPT_WITH_LORA, _KEPT_WITH_FUSED_LORA = 38, 21
+# What a run must still have to do for a compiled step to pay: compiling takes some ten seconds, and saves about a quarter of a step.
+_WORTH_COMPILING_S, _GPU_FLOPS = 90.0, 3e14
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,9 @@ class Cost:
     trainable: int
     weights: int
     optimizer: int
-    activations: int
+    activations: int  # of the largest pack of `train.batch_size` items
+    kept: float  # bytes of activations a token
+    recomputed: float  # the same with checkpointing
 
     @property
     def checkpoint(self) -> int:
@@ -76,20 +84,27 @@ def set_modes(network: InternVLForConditionalGeneration, recipe: TrainRecipe, tr
         network.model.vision_tower.eval()
 
 
-def estimate(network: InternVLForConditionalGeneration, recipe: TrainRecipe, dtype: torch.dtype, longest: int, tiles: int) -> Cost:
-    """Bytes of weights, optimizer and activations for the largest micro-batch (`longest` tokens a row, `tiles` a row)."""
+def estimate(network: InternVLForConditionalGeneration, recipe: TrainRecipe, dtype: torch.dtype, longest: int, fused: bool = False) -> Cost:
+    """Bytes of weights, optimizer and activations; `longest` tokens is the longest item, `fused`: LoRA by our kernels."""
     parameters = list(network.parameters())
     learning = sum(p.numel() for p in parameters if p.requires_grad)
     weights = sum(p.numel() * (4 if p.requires_grad else dtype.itemsize) for p in parameters)
+    with_lora = _KEPT_WITH_FUSED_LORA if fused else _KEPT_WITH_LORA
+    units = with_lora if recipe.train.llm == "lora" else _KEPT_PER_LAYER
+    kept, recomputed = (_activations(network, recipe, number) * dtype.itemsize for number in (units, _KEPT_CHECKPOINTED))
+    each = recomputed if recipe.train.checkpointing == "on" else kept
+    activations = int(recipe.train.batch_size * longest * each)
+    return Cost(sum(p.numel() for p in parameters), learning, weights, learning * _ADAM_BYTES, activations, kept, recomputed)
+
+
+def _activations(network: InternVLForConditionalGeneration, recipe: TrainRecipe, units: int) -> float:
+    """Numbers kept a token: the language model's, and the tower's where it learns."""
     text, vision = network.config.text_config, network.config.vision_config
-    kept = _KEPT_WITH_LORA if recipe.train.llm == "lora" else _KEPT_PER_LAYER
-    kept = _KEPT_CHECKPOINTED if recipe.train.checkpointing == "on" else kept
-    rows = recipe.train.batch_size
-    activations = rows * longest * text.hidden_size * text.num_hidden_layers * kept * dtype.itemsize
+    numbers = float(text.hidden_size * text.num_hidden_layers * units)
     if recipe.train.vision != "frozen":
         patches = (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1
-        activations += rows * tiles * patches * vision.hidden_size * vision.num_hidden_layers * kept * dtype.itemsize
-    return Cost(sum(p.numel() for p in parameters), learning, weights, learning * _ADAM_BYTES, activations)
+        numbers += patches * vision.hidden_size * vision.num_hidden_layers * units / network.config.image_seq_length
+    return numbers
 
 
 def free_memory(device: torch.device) -> int:
@@ -113,13 +128,33 @@ def used_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def choose_checkpointing(network: InternVLForConditionalGeneration, recipe: TrainRecipe, cost: Cost, device: torch.device) -> bool:
-    """Switch gradient checkpointing on if asked, or ('auto') if the estimate exceeds 80% of the free memory; says which."""
-    on = recipe.train.checkpointing == "on"
-    if recipe.train.checkpointing == "auto":
-        on = cost.optimizer + cost.activations > 0.8 * free_memory(device)
-    if on:
+def recompute_tower(network: InternVLForConditionalGeneration, recipe: TrainRecipe) -> None:
+    """Gradient checkpointing for a vision tower that learns; the language model's layers are recomputed where they are walked."""
+    if recipe.train.vision != "frozen":
+        tower = network.model.vision_tower
         # transformers 5.23 renamed it; 5.17 knows the old name only.
-        enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+        enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return on
+
+
+def fused_lora(network: InternVLForConditionalGeneration, recipe: TrainRecipe) -> Adapter | None:
+    """LoRA by our kernels where the device has them (CUDA with Triton, bfloat16) and the recipe does not forbid it."""
+    if recipe.train.fused_lora == "off" or not can_fuse(network.device):
+        return None
+    from intervale.model.fast_lora import make_fast
+
+    return make_fast(network)
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Can Triton's kernels run on the device?"""
+    return device.type == "cuda" and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def worth_compiling(recipe: TrainRecipe, device: torch.device, parameters: int, tokens: int) -> bool:
+    """Are the layers compiled? 'auto': on a GPU with Triton and a C compiler, when `tokens` more are enough work to win back the time."""
+    if recipe.train.compile != "auto":
+        return recipe.train.compile == "on"
+    compiler = os.environ.get("CC") or any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+    seconds = 4 * parameters * tokens / _GPU_FLOPS  # forward, and backward without the frozen weights' gradients
+    return can_fuse(device) and bool(compiler) and seconds > _WORTH_COMPILING_S

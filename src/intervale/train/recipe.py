@@ -78,6 +78,9 @@ class Train(BaseModel):
     features: Literal["auto", "cache", "live"] = "auto"
     share_prefix: Literal["auto", "on", "off"] = "auto"
     checkpointing: Literal["auto", "on", "off"] = "auto"
+    pack_tokens: Literal["auto"] | PositiveInt = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    fused_lora: Literal["auto", "off"] = "auto"
 
 
 class Parallel(BaseModel):

@@ -7,13 +7,14 @@ sums are divided once, by the step's own count. Legend: T tokens of a pack, P ti
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from transformers import InternVLForConditionalGeneration
 
+from intervale.model.decoder import Walk
 from intervale.model.forward import embed, normalise, target_losses, tower_features
 from intervale.train.batches import Batch
 
@@ -39,6 +40,7 @@ class Compute:
     device: torch.device
     image_token_id: int
     kept: Kept | None = None
+    walk: Walk = field(default_factory=Walk)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """bfloat16 where it is safe; nothing in float32."""
@@ -63,7 +65,7 @@ def _features(network: InternVLForConditionalGeneration, batch: Batch, compute: 
         return None
     counts = [count for count, live in zip(batch.tiles_of, batch.live, strict=True) if live]
     seen = iter(tower_features(network, normalise(batch.tiles_PHWC, compute.dtype)).split(counts)) if counts else iter(())
-    parts = [next(seen) if live else _kept(compute, key) for key, live in zip(batch.keys, batch.live, strict=True)]
+    parts = [next(seen) if live else _kept(batch, compute, key) for key, live in zip(batch.keys, batch.live, strict=True)]
     project = network.model.multi_modal_projector
     if compute.kept is not None and compute.kept.projected:
         projected = [project(part) if live else part for part, live in zip(parts, batch.live, strict=True)]
@@ -72,43 +74,58 @@ def _features(network: InternVLForConditionalGeneration, batch: Batch, compute: 
     return torch.cat([projected[slot] for slot in batch.slots])
 
 
-def _kept(compute: Compute, key: str) -> torch.Tensor:
+def _kept(batch: Batch, compute: Compute, key: str) -> torch.Tensor:
+    if key in batch.features:
+        return batch.features[key]
     assert compute.kept is not None, "a picture without tiles has its features kept"
     return compute.kept.get(key).to(compute.device, non_blocking=True)
 
 
 def batch_losses(network: InternVLForConditionalGeneration, batch: Batch, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss of every target, is it the most likely token), row by row."""
+    """(loss of every target, is it the most likely token), in the order of `batch.targets_N`."""
     with compute.autocast():
         features = _features(network, batch, compute)
-        embedded_1TD = embed(network, batch.ids_1T, features, compute.image_token_id)
-        return target_losses(network, embedded_1TD, batch.positions_1T, batch.layout, batch.targets_1T)
+        embedded_1TD = embed(network, batch.ids_1T, features, compute.image_token_id, batch.places)
+        return target_losses(network, embedded_1TD, batch.positions_1T, batch.layout, batch.labelled_N, batch.targets_N, compute.walk)
 
 
-def accumulate(network: InternVLForConditionalGeneration, batches: Iterable[Batch], compute: Compute, step_targets: int) -> Sums:
+def accumulate(network: InternVLForConditionalGeneration, batches: Sequence[Batch], compute: Compute, step_targets: int) -> Sums:
     """Add the gradients of (sum of losses / `step_targets`) of every micro-batch; `step_targets` is the whole step's count."""
-    sums = Sums()
+    adapter = compute.walk.adapter
+    if adapter is not None:
+        adapter.refresh()
+    found = []
     for batch in batches:
+        if adapter is not None:
+            adapter.draw()
         losses_N, correct_N = batch_losses(network, batch.to(compute.device), compute)
         (losses_N.sum() / step_targets).backward()
-        _count(sums, batch, losses_N, correct_N)
-    return sums
+        found.append(_summed(losses_N, correct_N))
+    return _count(batches, found)
 
 
 @torch.no_grad()
 def held_out(network: InternVLForConditionalGeneration, batches: Iterable[Batch], compute: Compute) -> Sums:
     """The same sums without gradients; the network should be in eval mode."""
-    sums = Sums()
+    seen, found = [], []
     for batch in batches:
-        losses_N, correct_N = batch_losses(network, batch.to(compute.device), compute)
-        _count(sums, batch, losses_N, correct_N)
-    return sums
+        found.append(_summed(*batch_losses(network, batch.to(compute.device), compute)))
+        seen.append(replace(batch, tiles_PHWC=batch.tiles_PHWC[:0]))
+    return _count(seen, found)
 
 
-def _count(sums: Sums, batch: Batch, losses_N: torch.Tensor, correct_N: torch.Tensor) -> None:
-    sums.each.append(float(losses_N.detach().sum()))
-    sums.loss += sums.each[-1]
-    sums.correct += int(correct_N.sum())
-    sums.targets += len(losses_N)
-    sums.positions += batch.ids_1T.numel()
-    sums.samples += len(batch.ids)
+def _summed(losses_N: torch.Tensor, correct_N: torch.Tensor) -> torch.Tensor:
+    """(loss, correct targets), on the device: asking for the numbers would wait for it."""
+    return torch.stack((losses_N.detach().sum().double(), correct_N.sum().double()))
+
+
+def _count(batches: Sequence[Batch], found: Sequence[torch.Tensor]) -> Sums:
+    numbers = torch.stack(list(found)).tolist() if found else []
+    return Sums(
+        sum(loss for loss, _ in numbers),
+        int(sum(correct for _, correct in numbers)),
+        sum(batch.targets for batch in batches),
+        sum(batch.tokens for batch in batches),
+        sum(len(batch.ids) for batch in batches),
+        [loss for loss, _ in numbers],
+    )

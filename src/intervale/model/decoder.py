@@ -1,0 +1,107 @@
+"""The language model's layers over a pack, as training walks them: compiled or not, recomputed or not, the last one only where it is read.
+
+Promises: transformers' own layers with their own arithmetic; what is left out is what nobody reads: behind the last attention only
+the tokens with a label go on, which saves most of a layer. Cost of `compiled`: some ten seconds at the first step, once for all layers
+and all lengths. Legend: T tokens of a pack, N tokens with a label, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import InternVLForConditionalGeneration
+
+from intervale.model.attention import NAME, Layout, preferred
+
+_LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+
+class Adapter(Protocol):
+    """LoRA layers with a training pass of their own (`model.fast_lora.FastLora`)."""
+
+    def refresh(self) -> None:
+        """Take over the parameters' values; after every change of them."""
+
+    def draw(self) -> None:
+        """Draw the dropout masks of a micro-batch."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the layers are walked: compiled, recomputed on the way back (activations of one layer at a time), with fast LoRA layers."""
+
+    compiled: bool = False
+    recompute: bool = False
+    adapter: Adapter | None = None
+
+
+def _whole(layer: torch.nn.Module, hidden_1TD: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    seen: torch.Tensor = layer(hidden_1TD, attention_mask=None, past_key_values=None, use_cache=False, **options)
+    return seen
+
+
+def _attention_part(layer: Any, hidden_1TD: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    seen, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_1TD), attention_mask=None, past_key_values=None, **options)
+    together: torch.Tensor = hidden_1TD + seen
+    return together
+
+
+def _mlp_part(layer: Any, hidden_ND: torch.Tensor) -> torch.Tensor:
+    together: torch.Tensor = hidden_ND + layer.mlp(layer.post_attention_layernorm(hidden_ND))
+    return together
+
+
+@cache
+def _compiled(part: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """One compiled function for all layers and lengths."""
+    function: Callable[..., torch.Tensor] = torch.compile(part, dynamic=True)
+    return function
+
+
+def _splits(layer: torch.nn.Module) -> bool:
+    """Is the layer the plain pre-norm block (Llama, Qwen2, Qwen3; Phi3 without dropout)?"""
+    dropouts = [getattr(layer, name, None) for name in ("resid_attn_dropout", "resid_mlp_dropout")]
+    return all(hasattr(layer, part) for part in _LAYER_PARTS) and not any(getattr(one, "p", 0) for one in dropouts)
+
+
+def hidden_at_targets(
+    network: InternVLForConditionalGeneration,
+    embedded_1TD: torch.Tensor,
+    positions_1T: torch.Tensor,
+    layout: Layout,
+    labelled_N: torch.Tensor,
+    walk: Walk,
+) -> torch.Tensor:
+    """`hidden_ND` behind the last norm, at the tokens `labelled_N` (places in the pack) only.
+
+    The language model must use packed attention (`model.attention.use_packed_attention`), or the rows would see each other.
+    """
+    text = network.model.language_model
+    assert text.config._attn_implementation == NAME, "rows of a pack would see each other"
+    rotary = text.rotary_emb(embedded_1TD, position_ids=positions_1T)
+    window = getattr(text.config, "sliding_window", None)
+    options = {"position_embeddings": rotary, "layout": layout.single(window) or layout}
+    *layers, last = text.layers[: text.config.num_hidden_layers]
+    training = torch.is_grad_enabled()
+
+    def run(function: Callable[..., torch.Tensor], *given: Any) -> torch.Tensor:
+        recompute = walk.recompute and training
+        seen: torch.Tensor = checkpoint(function, *given, use_reentrant=False) if recompute else function(*given)
+        return seen
+
+    hidden_1TD = embedded_1TD
+    compiled = walk.compiled and training
+    whole = _compiled(_whole) if compiled else _whole
+    with preferred(embedded_1TD.device) if compiled else nullcontext():
+        for layer in layers:
+            hidden_1TD = run(whole, layer, hidden_1TD, options)
+    if not _splits(last):
+        return text.norm(run(_whole, last, hidden_1TD, options)[0, labelled_N])
+    hidden_ND = run(_attention_part, last, hidden_1TD, options)[0, labelled_N]
+    return text.norm(_mlp_part(last, hidden_ND))

@@ -1,0 +1,314 @@
+"""The steps of a run: loading, the step itself, its metrics, held-out loss and saving; and what is done when memory ends.
+
+Promises: metrics.jsonl and loss.png exist from the first step on; the order of the data and the dropout masks are functions of the
+seed and the step; a step that finds no memory is made again, the same, in smaller packs.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import InternVLForConditionalGeneration
+
+from intervale.core.errors import UserError
+from intervale.core.lang import say
+from intervale.core.records import Record
+from intervale.core.runlog import append_metrics
+from intervale.data.dataset import Item, TileCache, load_item
+from intervale.data.images import PictureError
+from intervale.data.order import deal
+from intervale.train.batches import Batch, Loaded, Packing, collate, load_ahead, load_step
+from intervale.train.job import Job
+from intervale.train.memory import Fit, after_first_step, in_words, lower
+from intervale.train.moving import moved
+from intervale.train.nonfinite import keep_step
+from intervale.train.optimizer import Optimizers
+from intervale.train.parallel import World, sum_gradients, sum_values, wait
+from intervale.train.plot import draw_losses
+from intervale.train.prepare import recompute_tower, set_modes, used_memory
+from intervale.train.resume import list_skipped
+from intervale.train.schedule import learning_rate
+from intervale.train.state import Progress, save_checkpoint, trainable
+from intervale.train.step import Compute, Sums, accumulate, held_out
+
+_PLOT_SECONDS, _TELL_SECONDS = 20.0, 5.0
+_TILES_KEPT = 1 << 30  # bytes of decoded tiles
+_BAD_SHARE = 0.01  # more unreadable items than this and the data set, not an item, is what is wrong
+_SHAPES = 64  # lengths an octave beside a GPU, whose attention kernels are set up for every new shape
+
+
+@dataclass
+class Loop:
+    """What the steps share. One object, so that its parts are named once."""
+
+    job: Job
+    world: World
+    network: InternVLForConditionalGeneration
+    optimizer: Optimizers
+    compute: Compute
+    cache: TileCache
+    known: Mapping[str, tuple[str, int]] | None  # the pictures whose features are kept
+    total: int
+    progress: Progress
+    share: bool = False
+    fit: Fit = field(default_factory=lambda: Fit(0, False))
+    begun: float = field(default_factory=time.monotonic)
+    an_epoch: int = 1  # items
+    stop: int | None = None
+    skipped: set[str] = field(default_factory=set)
+
+    def refit(self, fit: Fit) -> None:
+        """Take another plan for the memory."""
+        self.fit = fit
+        walk = replace(self.compute.walk, recompute=fit.recompute)
+        self.compute = replace(self.compute, walk=walk)
+        if fit.recompute:
+            recompute_tower(self.network, self.job.recipe)
+
+
+def tile_cache(job: Job, world: World) -> TileCache:
+    """One cache for all loading threads; loading processes have one each, which together must not take more."""
+    each = max(1, job.recipe.data.workers) if world.device.type == "cuda" else 1
+    return TileCache(_TILES_KEPT // each)
+
+
+def _list_bad(loop: Loop, bad: list[tuple[str, UserError]]) -> None:
+    """What could not be read stops the run, or (`on_bad_sample: skip`) is listed once in skipped.jsonl while it is a small share."""
+    job = loop.job
+    for name, error in bad:
+        if job.recipe.data.on_bad_sample == "fail" or not isinstance(error, PictureError):
+            raise error
+        if name not in loop.skipped:
+            loop.skipped.add(name)
+            list_skipped(job.folder, name, error.what)
+        if len(loop.skipped) > max(1, _BAD_SHARE * len(job.train)):
+            raise UserError(
+                f"{len(loop.skipped)} items cannot be read; the last: {error.what}", "run `intervale check` on the data"
+            ) from error
+
+
+def _loader(loop: Loop) -> Iterator[Loaded]:
+    """The steps that are left, made ahead, in packs as the memory allows now."""
+    job, world, recipe = loop.job, loop.world, loop.job.recipe
+    order = job.order(loop.share)
+    groups = job.train.groups() if loop.share and world.size > 1 else None
+    image_token, beside_gpu = loop.compute.image_token_id, world.device.type == "cuda"
+    packing = Packing(recipe.train.batch_size, loop.fit.tokens, loop.share, _SHAPES if beside_gpu else 0)
+    cache, known = loop.cache, loop.known
+
+    def load(record: Record) -> Item:
+        side = job.side
+        return load_item(record, side.tokenizer, side.template, side.tiling, cache, known, recipe.data.max_length)
+
+    def step(number: int) -> Loaded:
+        items = order.step(job.per_step * world.size, number)
+        if world.size > 1:  # as many tokens each; those on one picture stay together
+            items = deal(items, job.measured.costs(items), world.size, groups[items] if groups is not None else None)[world.rank]
+        return load_step(job.train, load, [int(i) for i in items], packing, image_token)
+
+    return load_ahead(step, loop.progress.step, loop.total, recipe.data.workers, beside_gpu)
+
+
+def run_steps(loop: Loop) -> None:
+    """All steps that are left, or those until a signal. Raises: UserError; MemoryError or torch's own when nothing smaller is left."""
+    set_modes(loop.network, loop.job.recipe, True)
+    report = _Report(loop)
+    while not _run_in_packs(loop, report):  # memory ended: the same step again, in packs of another size
+        pass
+
+
+def _run_in_packs(loop: Loop, report: _Report) -> bool:
+    """Steps until the end, a signal or the end of memory; False for the latter."""
+    for loaded in moved(_loader(loop), loop.compute):
+        _list_bad(loop, loaded.bad)
+        first = loop.progress.step == report.done
+        entry = _one_step(loop, loaded.batches)
+        if entry is None:
+            return False
+        report.step(entry)
+        stopping = _asked_to_stop(loop)  # asked once a step, so that a signal in between cannot stop without saving
+        _after_step(loop, stopping)
+        if stopping:
+            return True
+        if first and _refitted(loop, max((batch.tokens for batch in loaded.batches), default=0)):
+            return False
+    return True
+
+
+def _refitted(loop: Loop, tokens: int) -> bool:
+    """After the first step: has what it took led to another plan for packs that are larger than its own?"""
+    fit = after_first_step(loop.fit, loop.world.device, loop.job.longest, tokens)
+    if loop.world.size > 1 or fit == loop.fit:
+        return False
+    loop.refit(fit)
+    told = in_words(fit, loop.job.recipe)
+    loop.job.tell(say(f"memory, measured in the first step: {told}", f"第一步实测的内存：{told}"))
+    return loop.progress.step < loop.total
+
+
+class _Report:
+    """What a step leaves: a line of metrics, now and then a line of text and the plot."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop, self.done = loop, loop.progress.step
+        self._started = self._plotted = self._told = time.monotonic()
+
+    def step(self, entry: dict[str, Any]) -> None:
+        """Write the entry of the step that was made."""
+        loop, now = self._loop, time.monotonic()
+        if not loop.world.first:
+            return
+        append_metrics(loop.job.folder, entry)
+        first = loop.progress.step == self.done + 1
+        if first:
+            loop.job.tell(say(f"first step after {now - loop.begun:.1f} s", f"{now - loop.begun:.1f} 秒后完成第一步"))
+        if now - self._told > _TELL_SECONDS or first or loop.progress.step == loop.total:
+            _tell_progress(loop, entry, (now - self._started) / (loop.progress.step - self.done))
+            self._told = now
+        if now - self._plotted > _PLOT_SECONDS or first:
+            draw_losses(loop.job.folder)
+            self._plotted = time.monotonic()
+
+
+def _asked_to_stop(loop: Loop) -> bool:
+    if loop.world.size > 1:  # all processes stop at the same step, whichever got the signal
+        loop.stop = int(sum_values(loop.world, [float(loop.stop or 0)])[0]) or None
+    return loop.stop is not None
+
+
+def _gradients(loop: Loop, batches: list[Batch], targets: int) -> Sums | None:
+    """The sums of the step, gradients added up; None when memory ended here or in another process and the plan is a smaller one now."""
+    fault: BaseException | None = None
+    sums = Sums()
+    try:
+        sums = accumulate(loop.network, batches, loop.compute, targets)
+    except torch.OutOfMemoryError as error:
+        fault = error.with_traceback(None)  # whose frames hold the step's tensors
+    if not sum_values(loop.world, [float(fault is not None)])[0]:
+        return sums
+    fit = lower(loop.fit, loop.job.recipe, loop.job.longest)
+    if fit is None:
+        raise fault or torch.OutOfMemoryError("another process has no memory left")
+    loop.optimizer.zero_grad(set_to_none=True)
+    loop.refit(fit)
+    gc.collect()
+    if loop.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    told = in_words(fit, loop.job.recipe)
+    loop.job.tell(say(f"memory ended; the same step again with {told}", f"内存不足；改用{told}，重做这一步"))
+    return None
+
+
+def _one_step(loop: Loop, batches: list[Batch]) -> dict[str, Any] | None:
+    """Make a step; its entry for the metrics, or None when it must be made again with what is planned now."""
+    recipe, world = loop.job.recipe.train, loop.world
+    begun = time.monotonic()
+    step = loop.progress.step
+    torch.manual_seed((recipe.seed * 1_000_003 + step) * world.size + world.rank)  # dropout: a function of seed and step
+    targets = int(sum_values(world, [float(sum(batch.targets for batch in batches))])[0])
+    rate = learning_rate(step, loop.total, recipe.learning_rate, recipe.warmup_ratio, recipe.schedule)
+    norm = 0.0
+    sums: Sums | None = Sums()
+    if targets:
+        for group in loop.optimizer.param_groups:
+            group["lr"] = rate
+        loop.optimizer.zero_grad(set_to_none=True)
+        sums = _gradients(loop, batches, targets)
+        if sums is None:
+            return None
+        parameters = list(trainable(loop.network).values())
+        sum_gradients(world, parameters)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_norm or math.inf))
+    assert sums is not None
+    loss, samples, positions = sum_values(world, [sums.loss, float(sums.samples), float(sums.positions)])
+    mean = loss / targets if targets else 0.0
+    if not math.isfinite(mean) or not math.isfinite(norm):
+        about = {
+            "loss": repr(mean),
+            "gradient_norm": repr(norm),
+            "learning_rate": rate,
+            "seed": recipe.seed,
+            "precision": str(loop.compute.dtype),
+        }
+        raise keep_step(loop.job.folder, world.rank, step + 1, batches, sums.each, about)
+    if targets:
+        loop.optimizer.step()
+    seconds = time.monotonic() - begun
+    before = loop.progress
+    loop.progress = Progress(step + 1, before.samples + int(samples), before.tokens + targets, before.seconds + seconds)
+    return _entry(loop, {"loss": mean, "learning_rate": rate, "gradient_norm": norm}, (int(samples), targets, int(positions)), seconds)
+
+
+def _entry(loop: Loop, numbers: dict[str, float], counts: tuple[int, int, int], seconds: float) -> dict[str, Any]:
+    """A line of metrics.jsonl. `counts`: samples, targets, positions."""
+    samples, targets, positions = counts
+    return {
+        "step": loop.progress.step,
+        "epoch": round(loop.progress.samples / loop.an_epoch, 4),
+        **numbers,
+        "samples": samples,
+        "targets": targets,
+        "tokens_per_second": round(positions / seconds, 1),
+        "seconds": round(seconds, 4),
+        "memory_gib": round(used_memory(loop.world.device), 3),
+    }
+
+
+def _tell_progress(loop: Loop, entry: dict[str, Any], seconds_a_step: float) -> None:
+    left = int((loop.total - entry["step"]) * seconds_a_step)
+    loop.job.tell(
+        f"step {entry['step']}/{loop.total}  epoch {entry['epoch']:.2f}  loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  "
+        f"{entry['tokens_per_second']:,.0f} tokens/s  {entry['memory_gib']:.1f} GiB  "
+        + say(f"{left // 60}:{left % 60:02d} left", f"剩余 {left // 60}:{left % 60:02d}")
+    )
+
+
+def _after_step(loop: Loop, stopping: bool) -> None:
+    recipe = loop.job.recipe.train
+    step = loop.progress.step
+    last = step == loop.total or stopping
+    if loop.job.held and (step == loop.total or (recipe.eval_steps and step % recipe.eval_steps == 0)):
+        _evaluate(loop)
+    if loop.world.first and (last or step % recipe.save_steps == 0):
+        save(loop)
+    wait(loop.world)
+
+
+def save(loop: Loop) -> Path:
+    """Write the checkpoint of the present step."""
+    return save_checkpoint(
+        loop.job.folder, loop.network, loop.optimizer, loop.progress, loop.job.identity(), loop.job.recipe.train.save_total_limit
+    )
+
+
+def _evaluate(loop: Loop) -> None:
+    """Loss and share of right target tokens on the held-out items, with the adapter as it is now."""
+    job = loop.job
+    set_modes(loop.network, job.recipe, False)
+    records = job.held[loop.world.rank :: loop.world.size]
+    size, side = job.recipe.train.batch_size, job.side
+
+    def batches() -> Iterator[Batch]:
+        for at in range(0, len(records), size):
+            items = [load_item(record, side.tokenizer, side.template, side.tiling, loop.cache) for record in records[at : at + size]]
+            yield collate(items, loop.compute.image_token_id)
+
+    sums = held_out(loop.network, batches(), replace(loop.compute, kept=None))
+    set_modes(loop.network, job.recipe, True)
+    loss, correct, targets = sum_values(loop.world, [sums.loss, float(sums.correct), float(sums.targets)])
+    entry = {"step": loop.progress.step, "eval_loss": loss / targets, "eval_token_accuracy": correct / targets, "eval_items": len(job.held)}
+    if loop.world.first:
+        append_metrics(job.folder, entry)
+        job.tell(
+            say(
+                f"held-out: loss {entry['eval_loss']:.4f}, {entry['eval_token_accuracy']:.1%} of target tokens right",
+                f"留出集：损失 {entry['eval_loss']:.4f}，目标 token 正确率 {entry['eval_token_accuracy']:.1%}",
+            )
+        )

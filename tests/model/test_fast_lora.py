@@ -1,0 +1,97 @@
+"""The fused LoRA layers are PEFT's: outputs and gradients, and with dropout the same for the mask that was drawn. Needs a GPU."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+pytest.importorskip("triton")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+SIZES = [(256, 512, True), (512, 256, False), (2048, 8192, False), (8192, 2048, False)]
+
+
+def layer(inputs: int, outputs: int, bias: bool, dropout: float, rank: int = 128) -> Any:
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(inputs, outputs, bias=bias)).cuda().bfloat16().requires_grad_(False)
+    network = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=["0"]))
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.05 * torch.randn(parameter.shape, device="cuda")
+    return network.train()
+
+
+def mask_of(inputs: int, rows: int, draw_1: torch.Tensor, dropout: float) -> torch.Tensor:
+    """The dropout factors, read off the kernel with inputs of 1 and matrices that each select 128 columns."""
+    from intervale.model.lora_kernels import down
+
+    ones = torch.ones(rows, inputs, device="cuda", dtype=torch.bfloat16)
+    parts = []
+    for start in range(0, inputs, 128):
+        select = torch.zeros(128, inputs, device="cuda", dtype=torch.bfloat16)
+        select[range(128), range(start, start + 128)] = 1
+        parts.append(down(ones, select, draw_1, dropout, False)[0])
+    return (torch.cat(parts, 1) > 0).float() / (1 - dropout)
+
+
+def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.float() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("inputs", "outputs", "bias"), SIZES)
+def test_outputs_and_gradients_are_those_of_float32_within_bfloat16(inputs: int, outputs: int, bias: bool, dropout: float) -> None:
+    from intervale.model.fast_lora import make_fast
+
+    rows = 700
+    network = layer(inputs, outputs, bias, dropout)
+    exact = copy.deepcopy(network).float()
+    fast = make_fast(network)
+    assert fast is not None
+    fast.refresh()
+    fast.draw()
+    module = network.base_model.model[0]
+    x, grad = (torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for size in (inputs, outputs))
+    mine = x.clone().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        y = network(mine)
+    y.backward(grad)
+
+    factors = mask_of(inputs, rows, module.draw_1, dropout) if dropout else torch.ones(rows, inputs, device="cuda")
+    reference = exact.base_model.model[0]
+    theirs = x.float().requires_grad_()
+    a, b = reference.lora_A["default"].weight, reference.lora_B["default"].weight
+    wanted = reference.base_layer(theirs) + 2.0 * ((theirs * factors) @ a.T) @ b.T
+    wanted.backward(grad.float())
+    assert theirs.grad is not None
+    assert mine.grad is not None
+    found = {
+        "y": apart(y, wanted),
+        "x": apart(mine.grad, theirs.grad),
+        "A": apart(module.lora_A["default"].weight.grad, a.grad),
+        "B": apart(module.lora_B["default"].weight.grad, b.grad),
+    }
+    assert max(found.values()) < 0.005, found  # a bfloat16 rounding is 0.002 to 0.004
+
+
+def test_masks_keep_their_share_and_differ_between_draws_rows_and_columns() -> None:
+    first, second = (mask_of(1024, 2048, torch.tensor([draw], device="cuda"), 0.05) > 0 for draw in (1, 2))
+    for kept in (first, second):
+        assert abs(kept.float().mean() - 0.95) < 0.001
+        assert abs(kept.float().mean(0).std() - (0.05 * 0.95 / 2048) ** 0.5) < 0.001
+        assert abs((kept[:, 1:] & kept[:, :-1]).float().mean() - 0.95**2) < 0.001
+        assert abs((kept[1:] & kept[:-1]).float().mean() - 0.95**2) < 0.001
+    assert abs((first & second).float().mean() - 0.95**2) < 0.001
+
+
+def test_without_gradients_the_layer_is_pefts() -> None:
+    from intervale.model.fast_lora import make_fast
+
+    network = layer(256, 512, True, 0.0)
+    x = torch.randn(30, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = network(x)
+        assert make_fast(network) is not None
+        assert torch.equal(network(x), before)
