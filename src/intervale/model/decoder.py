@@ -34,11 +34,15 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Walk:
-    """How the layers are walked: compiled, recomputed on the way back (activations of one layer at a time), with fast LoRA layers."""
+    """How the layers are walked: compiled, recomputed on the way back (activations of one layer at a time), with fast LoRA layers.
+
+    `whole`: the last layer is called as one too, for engines that gather a layer's parameters when it is called.
+    """
 
     compiled: bool = False
     recompute: bool = False
     adapter: Adapter | None = None
+    whole: bool = False
 
 
 def _whole(layer: torch.nn.Module, hidden_1TD: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
@@ -101,7 +105,7 @@ def hidden_at_targets(
     with preferred(embedded_1TD.device) if compiled else nullcontext():
         for layer in layers:
             hidden_1TD = run(whole, layer, hidden_1TD, options)
-    if not _splits(last):
+    if walk.whole or not _splits(last):
         return text.norm(run(_whole, last, hidden_1TD, options)[0, labelled_N])
     hidden_ND = run(_attention_part, last, hidden_1TD, options)[0, labelled_N]
     return text.norm(_mlp_part(last, hidden_ND))

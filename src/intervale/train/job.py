@@ -33,6 +33,7 @@ from intervale.train.nonfinite import NONFINITE
 from intervale.train.parallel import World
 from intervale.train.prepare import Cost, can_fuse, estimate, freeze_and_adapt, fused_lora, precision_of
 from intervale.train.recipe import TrainRecipe
+from intervale.train.sharded import need_deepspeed, set_apart
 
 Tell = Callable[[str], None]
 # What may differ between a run and its resumption without changing the mathematics of the steps that are left.
@@ -99,6 +100,8 @@ class Job:
 def read_job(recipe: TrainRecipe, name: str, tell: Tell) -> Job:
     """Read and measure the data for a recipe called `name`. Raises: UserError for anything that cannot work."""
     base = resolve_model(recipe.model)
+    if recipe.parallel.strategy == "deepspeed":
+        need_deepspeed()  # said before minutes of loading
     if checkpoint_of(base) is not None:
         raise UserError(f"model: {base} is a training run, not a model", f"export it first: intervale export {base} DIR --format hf")
     side = text_side(base)
@@ -211,13 +214,24 @@ def _file_of(recipe: TrainRecipe) -> str:
     return str(Path(sources[0].path).resolve()) if len(sources) == 1 else ", ".join(source.path for source in sources)
 
 
+def shards_layers(recipe: TrainRecipe, world: World) -> bool:
+    """Are the layers' parameters in parts, each whole only while it computes?"""
+    strategy = recipe.parallel.strategy
+    return world.size > 1 and (strategy == "fsdp" or (strategy == "deepspeed" and recipe.parallel.zero_stage == 3))
+
+
 def load_for(job: Job, world: World) -> Ready:
     """The network, frozen and adapted as the recipe says; its weights go from the files to the device in the type they compute in."""
     dtype = precision_of(job.recipe.train.precision, world.device)
-    network = load_network(job.base, dtype=dtype, device=world.device, image_token_id=job.side.tokenizer.control("<IMG_CONTEXT>"))
+    parted = shards_layers(job.recipe, world)  # what is dealt out by layers stays off the device as a whole
+    device = torch.device("cpu") if parted else world.device
+    network = load_network(job.base, dtype=dtype, device=device, image_token_id=job.side.tokenizer.control("<IMG_CONTEXT>"))
     freeze_and_adapt(network, job.recipe)
-    adapter = fused_lora(network, job.recipe)
-    return Ready(network, dtype, estimate(network, job.recipe, dtype, job.longest, adapter is not None), adapter)
+    adapter = None if parted else fused_lora(network, job.recipe)
+    cost = estimate(network, job.recipe, dtype, job.longest, adapter is not None)
+    if world.size > 1 and job.recipe.parallel.strategy in ("fsdp", "deepspeed"):
+        set_apart(network, world.device)
+    return Ready(network, dtype, cost, adapter)
 
 
 def plan_for(job: Job, world: World) -> Ready:

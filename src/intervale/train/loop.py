@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
 from intervale.core.files import locked, write_atomic
@@ -26,15 +27,17 @@ from intervale.train import job as jobs
 from intervale.train.feature_cache import KeptFeatures, fill, plan_of, told
 from intervale.train.job import Job
 from intervale.train.memory import first_fit, in_words
-from intervale.train.optimizer import Optimizers, make_optimizer
+from intervale.train.optimizer import make_optimizer
 from intervale.train.parallel import World, join_world, leave_world, sum_values, wait
 from intervale.train.plot import draw_losses
 from intervale.train.prepare import GIB, free_memory, worth_compiling
 from intervale.train.recipe import TrainRecipe
 from intervale.train.resume import already_skipped, go_on, sweep
+from intervale.train.sharded import Fsdp, Zero
 from intervale.train.state import Progress
 from intervale.train.step import Compute
 from intervale.train.steps import Loop, run_steps, tile_cache
+from intervale.train.strategy import Plain, spare_batch
 
 SIGNAL_EXIT = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -136,7 +139,6 @@ def _train(job: Job, world: World, state: str, accept_changes: bool, begun: floa
     ready = jobs.load_for(job, world)
     network, dtype, cost = ready.network, ready.dtype, ready.cost
     plan = plan_of(job, network, dtype, world.size)
-    optimizer = make_optimizer(network, job.recipe)
     total = job.steps(world.size)
     job.tell(_describe(job, world, total))
     job.tell(
@@ -148,12 +150,13 @@ def _train(job: Job, world: World, state: str, accept_changes: bool, begun: floa
     )
     if world.first:
         sweep(job.folder)
-    progress = go_on(job, network, optimizer, accept_changes) if state == "resume" else Progress()
+    progress, moments = go_on(job, network, accept_changes) if state == "resume" else (Progress(), {})
     share, why_share = jobs.share_prefixes(job)
     if why_share:
         job.tell(why_share)
     kept = fill(job, world, network, dtype, plan)
-    loop = _loop_of(job, world, ready, optimizer, kept, progress)
+    loop = _loop_of(job, world, ready, kept, progress)
+    loop.strategy.restore_moments(moments)
     loop.total, loop.share, loop.begun, loop.an_epoch = total, share, begun, len(job.order())
     loop.skipped |= already_skipped(job.folder)
     if world.first:
@@ -166,21 +169,43 @@ def _train(job: Job, world: World, state: str, accept_changes: bool, begun: floa
     return _finish(loop)
 
 
-def _loop_of(job: Job, world: World, ready: jobs.Ready, optimizer: Optimizers, kept: KeptFeatures | None, progress: Progress) -> Loop:
+def _loop_of(job: Job, world: World, ready: jobs.Ready, kept: KeptFeatures | None, progress: Progress) -> Loop:
     """What the steps need, with the plan for the memory and whether layers are compiled; both are told."""
     recipe, cost, device = job.recipe, ready.cost, world.device
     total = job.steps(world.size)
     tokens = job.measured.an_epoch()[0] * recipe.train.epochs * (total - progress.step) // max(1, total) // world.size
     compiled = worth_compiling(recipe, device, cost.parameters, tokens)
-    walk = Walk(compiled=compiled, adapter=ready.adapter)
+    parted = jobs.shards_layers(recipe, world)
+    walk = Walk(compiled=compiled and not parted, adapter=ready.adapter, whole=parted)
     compute = Compute(ready.dtype, device, job.side.tokenizer.control("<IMG_CONTEXT>"), kept, walk)
-    loop = Loop(job, world, ready.network, optimizer, compute, tile_cache(job, world), kept.known if kept else None, total, progress)
+    strategy = _strategy(ready.network, recipe, world, compute)
+    loop = Loop(
+        job,
+        world,
+        ready.network,
+        strategy.optimizer,
+        strategy,
+        compute,
+        tile_cache(job, world),
+        kept.known if kept else None,
+        total,
+        progress,
+    )
     room = free_memory(device) - cost.optimizer  # the weights are there already
     loop.refit(first_fit(recipe, device, job.longest, room, cost.kept, cost.recomputed))
     lora = say(", LoRA fused", "，LoRA 已融合") if ready.adapter else ""
     layers = say(", layers compiled", "，已编译各层") if compiled else ""
     job.tell(say("a step: ", "每步：") + in_words(loop.fit, recipe) + lora + layers)
     return loop
+
+
+def _strategy(network: InternVLForConditionalGeneration, recipe: TrainRecipe, world: World, compute: Compute) -> Plain | Fsdp | Zero:
+    """Who makes the passes; one process alone has nothing to share."""
+    if world.size > 1 and recipe.parallel.strategy == "fsdp":
+        return Fsdp(network, recipe, world)
+    if world.size > 1 and recipe.parallel.strategy == "deepspeed":
+        return Zero(network, recipe, world, spare_batch(), compute)
+    return Plain(network, make_optimizer(network, recipe), world)
 
 
 @contextmanager

@@ -84,10 +84,12 @@ class Train(BaseModel):
 
 
 class Parallel(BaseModel):
-    """How many processes work on a step (started with torchrun)."""
+    """How many processes work on a step, and who holds what."""
 
     model_config = _Strict
-    strategy: Literal["single", "ddp"] = "single"
+    strategy: Literal["single", "ddp", "fsdp", "deepspeed"] = "single"
+    processes: PositiveInt | None = None
+    zero_stage: Literal[1, 2, 3] = 2
 
 
 class TrainRecipe(BaseModel):
@@ -113,6 +115,15 @@ class TrainRecipe(BaseModel):
             raise ValueError("lora.targets names vision: set train.vision to lora too, or leave it out")
         if self.train.save_total_limit == 0:
             raise ValueError("train.save_total_limit is 0: use -1 to keep all checkpoints, or a positive number")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_fit(self) -> TrainRecipe:
+        strategy, processes = self.parallel.strategy, self.parallel.processes
+        if strategy == "single" and (processes or 1) > 1:
+            raise ValueError(f"parallel.processes is {processes}: set parallel.strategy to ddp, fsdp or deepspeed")
+        if strategy in ("fsdp", "deepspeed") and self.train.optimizer == "muon":
+            raise ValueError(f"train.optimizer muon needs whole matrices, and parallel.strategy {strategy} splits them: use adamw or ddp")
         return self
 
     def lora_targets(self) -> str:

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,13 +29,14 @@ from intervale.train.memory import Fit, after_first_step, in_words, lower
 from intervale.train.moving import moved
 from intervale.train.nonfinite import keep_step
 from intervale.train.optimizer import Optimizers
-from intervale.train.parallel import World, sum_gradients, sum_values, wait
+from intervale.train.parallel import World, sum_values, wait
 from intervale.train.plot import draw_losses
 from intervale.train.prepare import recompute_tower, set_modes, used_memory
 from intervale.train.resume import list_skipped
 from intervale.train.schedule import learning_rate
-from intervale.train.state import Progress, save_checkpoint, trainable
+from intervale.train.state import Progress, save_checkpoint
 from intervale.train.step import Compute, Sums, accumulate, held_out
+from intervale.train.strategy import Strategy, idle_passes, spare_batch
 
 _PLOT_SECONDS, _TELL_SECONDS = 20.0, 5.0
 _TILES_KEPT = 1 << 30  # bytes of decoded tiles
@@ -52,6 +52,7 @@ class Loop:
     world: World
     network: InternVLForConditionalGeneration
     optimizer: Optimizers
+    strategy: Strategy
     compute: Compute
     cache: TileCache
     known: Mapping[str, tuple[str, int]] | None  # the pictures whose features are kept
@@ -63,6 +64,7 @@ class Loop:
     an_epoch: int = 1  # items
     stop: int | None = None
     skipped: set[str] = field(default_factory=set)
+    spare: Batch = field(default_factory=spare_batch)
 
     def refit(self, fit: Fit) -> None:
         """Take another plan for the memory."""
@@ -188,11 +190,14 @@ def _gradients(loop: Loop, batches: list[Batch], targets: int) -> Sums | None:
     fault: BaseException | None = None
     sums = Sums()
     try:
-        sums = accumulate(loop.network, batches, loop.compute, targets)
+        idle = idle_passes(len(batches), loop.strategy, loop.world, loop.spare)
+        sums = accumulate(loop.network, batches, loop.compute, targets, loop.strategy, idle)
     except torch.OutOfMemoryError as error:
         fault = error.with_traceback(None)  # whose frames hold the step's tensors
     if not sum_values(loop.world, [float(fault is not None)])[0]:
         return sums
+    if loop.strategy.uniform:  # others wait in the middle of a pass: this process ends, and its launcher ends them
+        raise fault or torch.OutOfMemoryError("another process has no memory left")
     fit = lower(loop.fit, loop.job.recipe, loop.job.longest)
     if fit is None:
         raise fault or torch.OutOfMemoryError("another process has no memory left")
@@ -223,9 +228,7 @@ def _one_step(loop: Loop, batches: list[Batch]) -> dict[str, Any] | None:
         sums = _gradients(loop, batches, targets)
         if sums is None:
             return None
-        parameters = list(trainable(loop.network).values())
-        sum_gradients(world, parameters)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_norm or math.inf))
+        norm = loop.strategy.clip(recipe.max_norm)
     assert sums is not None
     loss, samples, positions = sum_values(world, [sums.loss, float(sums.samples), float(sums.positions)])
     mean = loss / targets if targets else 0.0
@@ -239,7 +242,7 @@ def _one_step(loop: Loop, batches: list[Batch]) -> dict[str, Any] | None:
         }
         raise keep_step(loop.job.folder, world.rank, step + 1, batches, sums.each, about)
     if targets:
-        loop.optimizer.step()
+        loop.strategy.step()
     seconds = time.monotonic() - begun
     before = loop.progress
     loop.progress = Progress(step + 1, before.samples + int(samples), before.tokens + targets, before.seconds + seconds)
@@ -276,16 +279,17 @@ def _after_step(loop: Loop, stopping: bool) -> None:
     last = step == loop.total or stopping
     if loop.job.held and (step == loop.total or (recipe.eval_steps and step % recipe.eval_steps == 0)):
         _evaluate(loop)
-    if loop.world.first and (last or step % recipe.save_steps == 0):
+    if last or step % recipe.save_steps == 0:
         save(loop)
     wait(loop.world)
 
 
-def save(loop: Loop) -> Path:
-    """Write the checkpoint of the present step."""
-    return save_checkpoint(
-        loop.job.folder, loop.network, loop.optimizer, loop.progress, loop.job.identity(), loop.job.recipe.train.save_total_limit
-    )
+def save(loop: Loop) -> None:
+    """Write the checkpoint of the present step: every process gives its parts, the first writes."""
+    recipe = loop.job.recipe.train
+    tensors = loop.strategy.tensors()
+    if loop.world.first:
+        save_checkpoint(loop.job.folder, loop.network, loop.optimizer, loop.progress, loop.job.identity(), recipe.save_total_limit, tensors)
 
 
 def _evaluate(loop: Loop) -> None:
@@ -300,7 +304,8 @@ def _evaluate(loop: Loop) -> None:
             items = [load_item(record, side.tokenizer, side.template, side.tiling, loop.cache) for record in records[at : at + size]]
             yield collate(items, loop.compute.image_token_id)
 
-    sums = held_out(loop.network, batches(), replace(loop.compute, kept=None))
+    idle = idle_passes(-(-len(records) // size), loop.strategy, loop.world, loop.spare)
+    sums = held_out(loop.network, batches(), replace(loop.compute, kept=None), loop.strategy, idle)
     set_modes(loop.network, job.recipe, True)
     loss, correct, targets = sum_values(loop.world, [sums.loss, float(sums.correct), float(sums.targets)])
     entry = {"step": loop.progress.step, "eval_loss": loss / targets, "eval_token_accuracy": correct / targets, "eval_items": len(job.held)}
