@@ -21,13 +21,20 @@ def export(
     dtype: Annotated[
         str, typer.Option(metavar="source|float32|bfloat16|float16", help="source keeps each tensor's stored type.")
     ] = "source",
+    best: Annotated[bool, typer.Option("--best", help="Of a run: the checkpoint with the lowest held-out loss, not the last.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Merge what was trained, write it, reload it, and compare logits before saying done."""
     from intervale.export.export import export as run
     from intervale.model.load import as_dtype, resolve_model
 
-    proof = run(resolve_model(source), dst, to, dtype=None if dtype == "source" else as_dtype(dtype), tell=note)
+    folder = resolve_model(source)
+    if best:
+        from intervale.train.best import best_checkpoint
+
+        folder = best_checkpoint(folder)
+        note(say(f"the best checkpoint is {folder.name}", f"最好的检查点是 {folder.name}"))
+    proof = run(folder, dst, to, dtype=None if dtype == "source" else as_dtype(dtype), tell=note)
     if as_json:
         emit_json({"folder": str(dst), "format": to, **asdict(proof)})
         return

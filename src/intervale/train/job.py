@@ -28,19 +28,32 @@ from intervale.model.adapt import checkpoint_of, newest_checkpoint
 from intervale.model.decoder import Adapter
 from intervale.model.load import TextSide, as_device, load_network, narrow, resolve_model, text_side
 from intervale.model.source import build_network, fingerprint, open_source
+from intervale.train.best import scores_of
 from intervale.train.measured import Measured, measure_all, measure_corpus
 from intervale.train.nonfinite import NONFINITE
 from intervale.train.parallel import World
 from intervale.train.prepare import Cost, can_fuse, estimate, freeze_and_adapt, fused_lora, precision_of
 from intervale.train.recipe import TrainRecipe
 from intervale.train.sharded import need_deepspeed, set_apart
+from intervale.train.tracking import need_trackers
 
 Tell = Callable[[str], None]
 # What may differ between a run and its resumption without changing the mathematics of the steps that are left.
 _FREE = {
     "out": None,
+    "log": None,
     "data": ("train", "index", "workers", "eval", "features_dir", "features_gib"),
-    "train": ("save_steps", "save_total_limit", "eval_steps", "features", "checkpointing", "pack_tokens", "compile", "fused_lora"),
+    "train": (
+        "save_steps",
+        "save_total_limit",
+        "eval_steps",
+        "patience",
+        "features",
+        "checkpointing",
+        "pack_tokens",
+        "compile",
+        "fused_lora",
+    ),
 }
 
 
@@ -102,6 +115,7 @@ def read_job(recipe: TrainRecipe, name: str, tell: Tell) -> Job:
     base = resolve_model(recipe.model)
     if recipe.parallel.strategy == "deepspeed":
         need_deepspeed()  # said before minutes of loading
+    need_trackers(recipe.log)
     if checkpoint_of(base) is not None:
         raise UserError(f"model: {base} is a training run, not a model", f"export it first: intervale export {base} DIR --format hf")
     side = text_side(base)
@@ -180,7 +194,7 @@ def guarded(job: Job, world: World, new: bool) -> Iterator[None]:
                 shutil.rmtree(job.folder, ignore_errors=True)
             else:
                 with contextlib.suppress(UserError):
-                    write_run(job, "failed")
+                    write_run(job, "failed", scores_of(job.folder).told())
         raise
 
 

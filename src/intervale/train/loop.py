@@ -24,6 +24,7 @@ from intervale.core.lang import say
 from intervale.core.runlog import forget_after
 from intervale.model.decoder import Walk
 from intervale.train import job as jobs
+from intervale.train.best import scores_of
 from intervale.train.feature_cache import KeptFeatures, fill, plan_of, told
 from intervale.train.job import Job
 from intervale.train.memory import first_fit, in_words
@@ -38,6 +39,7 @@ from intervale.train.state import Progress
 from intervale.train.step import Compute
 from intervale.train.steps import Loop, run_steps, tile_cache
 from intervale.train.strategy import Plain, spare_batch
+from intervale.train.tracking import Trackers
 
 SIGNAL_EXIT = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -160,12 +162,19 @@ def _train(job: Job, world: World, state: str, accept_changes: bool, begun: floa
     loop.total, loop.share, loop.begun, loop.an_epoch = total, share, begun, len(job.order())
     loop.skipped |= already_skipped(job.folder)
     if world.first:
-        jobs.write_run(job, "running")
         forget_after(job.folder, progress.step)
+        jobs.write_run(job, "running", scores_of(job.folder).told())
         write_atomic(job.folder / "recipe.json", job.recipe.model_dump_json(indent=2) + "\n")
     wait(world)
-    with _signals(loop):
-        run_steps(loop)
+    loop.scores = scores_of(job.folder)
+    if world.first:
+        loop.trackers = Trackers(job.recipe.log, job.folder, job.identity(), progress.step, job.tell)
+    try:
+        with _signals(loop):
+            run_steps(loop)
+    finally:
+        if loop.trackers is not None:
+            loop.trackers.close()
     return _finish(loop)
 
 
@@ -235,7 +244,8 @@ def _finish(loop: Loop) -> Outcome:
     if loop.world.first:
         status = "done" if done else "stopped"
         draw_losses(job.folder)
-        jobs.write_run(job, status, {"step": loop.progress.step, "seconds": round(loop.progress.seconds, 1), "skipped": len(loop.skipped)})
+        facts = {"step": loop.progress.step, "seconds": round(loop.progress.seconds, 1), "skipped": len(loop.skipped)}
+        jobs.write_run(job, status, facts | {"stopped_early": loop.total < job.steps(loop.world.size)} | loop.scores.told())
     if done:
         for line in jobs.last_words(job):
             job.tell(line)

@@ -75,6 +75,7 @@ class Train(BaseModel):
     save_steps: PositiveInt = 64
     save_total_limit: Annotated[int, Field(ge=-1)] = 3
     eval_steps: PositiveInt | None = None
+    patience: PositiveInt | None = None
     features: Literal["auto", "cache", "live"] = "auto"
     share_prefix: Literal["auto", "on", "off"] = "auto"
     checkpointing: Literal["auto", "on", "off"] = "auto"
@@ -92,6 +93,15 @@ class Parallel(BaseModel):
     zero_stage: Literal[1, 2, 3] = 2
 
 
+class Log(BaseModel):
+    """Where the numbers are copied to: true, or for the services the name of a project."""
+
+    model_config = _Strict
+    tensorboard: bool = False
+    wandb: bool | str = False
+    swanlab: bool | str = False
+
+
 class TrainRecipe(BaseModel):
     """A whole recipe."""
 
@@ -102,6 +112,7 @@ class TrainRecipe(BaseModel):
     lora: Lora = Lora()
     train: Train = Train()
     parallel: Parallel = Parallel()
+    log: Log = Log()
 
     @model_validator(mode="after")
     def _something_learns(self) -> TrainRecipe:
@@ -124,6 +135,8 @@ class TrainRecipe(BaseModel):
             raise ValueError(f"parallel.processes is {processes}: set parallel.strategy to ddp, fsdp or deepspeed")
         if strategy in ("fsdp", "deepspeed") and self.train.optimizer == "muon":
             raise ValueError(f"train.optimizer muon needs whole matrices, and parallel.strategy {strategy} splits them: use adamw or ddp")
+        if self.train.patience and not (self.data.eval and self.train.eval_steps):
+            raise ValueError("train.patience counts held-out evaluations: set data.eval and train.eval_steps too")
         return self
 
     def lora_targets(self) -> str:

@@ -24,7 +24,8 @@ from intervale.data.dataset import Item, TileCache, load_item
 from intervale.data.images import PictureError
 from intervale.data.order import deal
 from intervale.train.batches import Batch, Loaded, Packing, collate, load_ahead, load_step
-from intervale.train.job import Job
+from intervale.train.best import Scores
+from intervale.train.job import Job, write_run
 from intervale.train.memory import Fit, after_first_step, in_words, lower
 from intervale.train.moving import moved
 from intervale.train.nonfinite import keep_step
@@ -37,6 +38,7 @@ from intervale.train.schedule import learning_rate
 from intervale.train.state import Progress, save_checkpoint
 from intervale.train.step import Compute, Sums, accumulate, held_out
 from intervale.train.strategy import Strategy, idle_passes, spare_batch
+from intervale.train.tracking import Trackers
 
 _PLOT_SECONDS, _TELL_SECONDS = 20.0, 5.0
 _TILES_KEPT = 1 << 30  # bytes of decoded tiles
@@ -65,6 +67,8 @@ class Loop:
     stop: int | None = None
     skipped: set[str] = field(default_factory=set)
     spare: Batch = field(default_factory=spare_batch)
+    scores: Scores = field(default_factory=Scores)
+    trackers: Trackers | None = None  # of the first process
 
     def refit(self, fit: Fit) -> None:
         """Take another plan for the memory."""
@@ -137,7 +141,7 @@ def _run_in_packs(loop: Loop, report: _Report) -> bool:
         report.step(entry)
         stopping = _asked_to_stop(loop)  # asked once a step, so that a signal in between cannot stop without saving
         _after_step(loop, stopping)
-        if stopping:
+        if stopping or loop.progress.step >= loop.total:
             return True
         if first and _refitted(loop, max((batch.tokens for batch in loaded.batches), default=0)):
             return False
@@ -167,7 +171,7 @@ class _Report:
         loop, now = self._loop, time.monotonic()
         if not loop.world.first:
             return
-        append_metrics(loop.job.folder, entry)
+        note(loop, entry)
         first = loop.progress.step == self.done + 1
         if first:
             loop.job.tell(say(f"first step after {now - loop.begun:.1f} s", f"{now - loop.begun:.1f} 秒后完成第一步"))
@@ -273,27 +277,53 @@ def _tell_progress(loop: Loop, entry: dict[str, Any], seconds_a_step: float) -> 
     )
 
 
+def note(loop: Loop, entry: dict[str, Any]) -> None:
+    """An entry to metrics.jsonl, and to whatever else listens."""
+    append_metrics(loop.job.folder, entry)
+    if loop.trackers is not None:
+        loop.trackers.log(entry)
+
+
 def _after_step(loop: Loop, stopping: bool) -> None:
     recipe = loop.job.recipe.train
     step = loop.progress.step
-    last = step == loop.total or stopping
+    best = False
     if loop.job.held and (step == loop.total or (recipe.eval_steps and step % recipe.eval_steps == 0)):
-        _evaluate(loop)
-    if last or step % recipe.save_steps == 0:
+        best = loop.scores.add(step, _evaluate(loop))
+        if recipe.patience and loop.scores.since_best >= recipe.patience and step < loop.total:
+            _end_early(loop)
+    if best or stopping or step == loop.total or step % recipe.save_steps == 0:
         save(loop)
+        if best and loop.world.first:
+            write_run(loop.job, "running", loop.scores.told())
     wait(loop.world)
+
+
+def _end_early(loop: Loop) -> None:
+    """The run is complete with this step; all processes have the same scores."""
+    loop.total = loop.progress.step
+    assert loop.scores.best is not None
+    step, loss = loop.scores.best
+    count = loop.scores.since_best
+    loop.job.tell(
+        say(
+            f"the held-out loss was lowest at step {step} ({loss:.4f}) and has not fallen in {count} evaluations: stopping early; "
+            "`intervale export RUN DIR --best` takes that step",
+            f"留出集损失在第 {step} 步最低（{loss:.4f}），此后 {count} 次评估没有下降：提前停止；`intervale export RUN DIR --best` 使用该步",
+        )
+    )
 
 
 def save(loop: Loop) -> None:
     """Write the checkpoint of the present step: every process gives its parts, the first writes."""
-    recipe = loop.job.recipe.train
     tensors = loop.strategy.tensors()
     if loop.world.first:
-        save_checkpoint(loop.job.folder, loop.network, loop.optimizer, loop.progress, loop.job.identity(), recipe.save_total_limit, tensors)
+        job, keep = loop.job, loop.job.recipe.train.save_total_limit
+        save_checkpoint(job.folder, loop.network, loop.optimizer, loop.progress, job.identity(), keep, tensors, loop.scores.name)
 
 
-def _evaluate(loop: Loop) -> None:
-    """Loss and share of right target tokens on the held-out items, with the adapter as it is now."""
+def _evaluate(loop: Loop) -> float:
+    """The loss on the held-out items, with the adapter as it is now; it is noted with the share of right target tokens."""
     job = loop.job
     set_modes(loop.network, job.recipe, False)
     records = job.held[loop.world.rank :: loop.world.size]
@@ -310,10 +340,11 @@ def _evaluate(loop: Loop) -> None:
     loss, correct, targets = sum_values(loop.world, [sums.loss, float(sums.correct), float(sums.targets)])
     entry = {"step": loop.progress.step, "eval_loss": loss / targets, "eval_token_accuracy": correct / targets, "eval_items": len(job.held)}
     if loop.world.first:
-        append_metrics(job.folder, entry)
+        note(loop, entry)
         job.tell(
             say(
                 f"held-out: loss {entry['eval_loss']:.4f}, {entry['eval_token_accuracy']:.1%} of target tokens right",
                 f"留出集：损失 {entry['eval_loss']:.4f}，目标 token 正确率 {entry['eval_token_accuracy']:.1%}",
             )
         )
+    return float(entry["eval_loss"])
