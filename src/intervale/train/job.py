@@ -27,6 +27,7 @@ from intervale.data.order import Order
 from intervale.model.adapt import checkpoint_of, newest_checkpoint
 from intervale.model.decoder import Adapter
 from intervale.model.load import TextSide, as_device, load_network, narrow, resolve_model, text_side
+from intervale.model.quantize import need_bitsandbytes, quantize_layers
 from intervale.model.source import build_network, fingerprint, open_source
 from intervale.train.best import scores_of
 from intervale.train.measured import Measured, measure_all, measure_corpus
@@ -116,6 +117,8 @@ def read_job(recipe: TrainRecipe, name: str, tell: Tell) -> Job:
     if recipe.parallel.strategy == "deepspeed":
         need_deepspeed()  # said before minutes of loading
     need_trackers(recipe.log)
+    if recipe.lora.quantize != "none":
+        need_bitsandbytes()
     if checkpoint_of(base) is not None:
         raise UserError(f"model: {base} is a training run, not a model", f"export it first: intervale export {base} DIR --format hf")
     side = text_side(base)
@@ -238,8 +241,11 @@ def load_for(job: Job, world: World) -> Ready:
     """The network, frozen and adapted as the recipe says; its weights go from the files to the device in the type they compute in."""
     dtype = precision_of(job.recipe.train.precision, world.device)
     parted = shards_layers(job.recipe, world)  # what is dealt out by layers stays off the device as a whole
-    device = torch.device("cpu") if parted else world.device
+    small = job.recipe.lora.quantize != "none"
+    device = torch.device("cpu") if parted or small else world.device
     network = load_network(job.base, dtype=dtype, device=device, image_token_id=job.side.tokenizer.control("<IMG_CONTEXT>"))
+    if small:
+        quantize_layers(network, dtype, world.device)
     freeze_and_adapt(network, job.recipe)
     adapter = None if parted else fused_lora(network, job.recipe)
     cost = estimate(network, job.recipe, dtype, job.longest, adapter is not None)

@@ -183,9 +183,9 @@ def _loop_of(job: Job, world: World, ready: jobs.Ready, kept: KeptFeatures | Non
     recipe, cost, device = job.recipe, ready.cost, world.device
     total = job.steps(world.size)
     tokens = job.measured.an_epoch()[0] * recipe.train.epochs * (total - progress.step) // max(1, total) // world.size
-    compiled = worth_compiling(recipe, device, cost.parameters, tokens)
-    parted = jobs.shards_layers(recipe, world)
-    walk = Walk(compiled=compiled and not parted, adapter=ready.adapter, whole=parted)
+    parted, small = jobs.shards_layers(recipe, world), recipe.lora.quantize != "none"
+    compiled = worth_compiling(recipe, device, cost.parameters, tokens) and not parted and not small
+    walk = Walk(compiled=compiled, adapter=ready.adapter, whole=parted)
     compute = Compute(ready.dtype, device, job.side.tokenizer.control("<IMG_CONTEXT>"), kept, walk)
     strategy = _strategy(ready.network, recipe, world, compute)
     loop = Loop(

@@ -50,6 +50,7 @@ class Lora(BaseModel):
     alpha: Annotated[float, Field(gt=0)] = 256
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     targets: str = "llm"
+    quantize: Literal["none", "nf4"] = "none"
 
 
 class Train(BaseModel):
@@ -135,6 +136,10 @@ class TrainRecipe(BaseModel):
             raise ValueError(f"parallel.processes is {processes}: set parallel.strategy to ddp, fsdp or deepspeed")
         if strategy in ("fsdp", "deepspeed") and self.train.optimizer == "muon":
             raise ValueError(f"train.optimizer muon needs whole matrices, and parallel.strategy {strategy} splits them: use adamw or ddp")
+        if self.lora.quantize != "none" and self.train.llm != "lora":
+            raise ValueError("lora.quantize is for a frozen language model under LoRA: set train.llm to lora")
+        if self.lora.quantize != "none" and (strategy == "fsdp" or (strategy == "deepspeed" and self.parallel.zero_stage == 3)):
+            raise ValueError("lora.quantize needs whole layers: use parallel.strategy ddp, or deepspeed with zero_stage 1 or 2")
         if self.train.patience and not (self.data.eval and self.train.eval_steps):
             raise ValueError("train.patience counts held-out evaluations: set data.eval and train.eval_steps too")
         return self
