@@ -26,9 +26,9 @@ def times(inputs: int, given: argparse.Namespace) -> dict[str, dict[str, float]]
         name = f"{rows} x {columns}, {stages} stages"
         lora_kernels._ROWS, lora_kernels._COLUMNS, lora_kernels._STAGES = rows, columns, stages
         lora_kernels._BACK_ROWS, lora_kernels._BACK_COLUMNS, lora_kernels._BACK_STAGES = rows, columns, stages
-        found["down"][name] = 1e3 * do_bench(lambda: lora_kernels.down(x, a, draw, given.dropout, inputs < 4096), warmup=5, rep=20)
+        found["down"][name] = 1e3 * do_bench(lambda: lora_kernels.down(x, a, draw, given.dropout, 2.0, inputs < 4096), warmup=5, rep=20)
         found["back"][name] = 1e3 * do_bench(
-            lambda: lora_kernels.back(x, a, wide[:, :inputs], wide[:, inputs:], draw, given.dropout), warmup=5, rep=20
+            lambda: lora_kernels.back(x, a, wide[:, :inputs], wide[:, inputs:], draw, given.dropout, 2.0), warmup=5, rep=20
         )
     return found
 

@@ -10,13 +10,16 @@ from peft import LoraConfig, get_peft_model
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-SIZES = [(256, 512, True), (512, 256, False), (2048, 8192, False), (8192, 2048, False)]
+SIZES = [(256, (512,), True), (512, (256,), False), (8192, (2048,), False), (512, (512, 256, 256), True), (2048, (2048, 1024, 1024), False)]
 
 
-def layer(inputs: int, outputs: int, bias: bool, dropout: float, rank: int = 128) -> Any:
+def layer(inputs: int, outputs: tuple[int, ...], bias: bool, dropout: float, rank: int = 128) -> Any:
+    """A network of linear layers with one input, called like an attention's, and LoRA on each."""
     torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Linear(inputs, outputs, bias=bias)).cuda().bfloat16().requires_grad_(False)
-    network = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=["0"]))
+    names = ("q_proj", "k_proj", "v_proj") if len(outputs) == 3 else ("o_proj",)
+    network = torch.nn.ModuleDict({name: torch.nn.Linear(inputs, size, bias=bias) for name, size in zip(names, outputs, strict=True)})
+    network = network.cuda().bfloat16().requires_grad_(False)
+    get_peft_model(network, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(names)))
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = 0.05 * torch.randn(parameter.shape, device="cuda")
@@ -32,17 +35,19 @@ def mask_of(inputs: int, rows: int, draw_1: torch.Tensor, dropout: float) -> tor
     for start in range(0, inputs, 128):
         select = torch.zeros(128, inputs, device="cuda", dtype=torch.bfloat16)
         select[range(128), range(start, start + 128)] = 1
-        parts.append(down(ones, select, draw_1, dropout, False)[0])
+        parts.append(down(ones, select, draw_1, dropout, 1.0, False)[0])
     return (torch.cat(parts, 1) > 0).float() / (1 - dropout)
 
 
 def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.float() - wanted).norm() / wanted.norm())
+    return float(((found.float() - wanted).norm() / wanted.norm()).detach())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("inputs", "outputs", "bias"), SIZES)
-def test_outputs_and_gradients_are_those_of_float32_within_bfloat16(inputs: int, outputs: int, bias: bool, dropout: float) -> None:
+def test_outputs_and_gradients_are_those_of_float32_within_bfloat16(
+    inputs: int, outputs: tuple[int, ...], bias: bool, dropout: float
+) -> None:
     from intervale.model.fast_lora import make_fast
 
     rows = 700
@@ -52,28 +57,29 @@ def test_outputs_and_gradients_are_those_of_float32_within_bfloat16(inputs: int,
     assert fast is not None
     fast.refresh()
     fast.draw()
-    module = network.base_model.model[0]
-    x, grad = (torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for size in (inputs, outputs))
-    mine = x.clone().requires_grad_()
+    x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
+    grads = [torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for size in outputs]
+    mine, theirs = x.clone().requires_grad_(), x.float().requires_grad_()
+    single = next(iter(network.values()))
+    together = network.together if len(outputs) == 3 else single.together
     with torch.autocast("cuda", torch.bfloat16):
-        y = network(mine)
-    y.backward(grad)
+        found = together(mine) if len(outputs) == 3 else (single(mine),)
+    torch.autograd.backward(found, grads)
 
-    factors = mask_of(inputs, rows, module.draw_1, dropout) if dropout else torch.ones(rows, inputs, device="cuda")
-    reference = exact.base_model.model[0]
-    theirs = x.float().requires_grad_()
-    a, b = reference.lora_A["default"].weight, reference.lora_B["default"].weight
-    wanted = reference.base_layer(theirs) + 2.0 * ((theirs * factors) @ a.T) @ b.T
-    wanted.backward(grad.float())
-    assert theirs.grad is not None
+    wanted = []
+    for at, reference in enumerate(exact.values()):
+        factors = mask_of(inputs, rows, together.draws_G[at : at + 1], dropout) if dropout else torch.ones(rows, inputs, device="cuda")
+        a, b = reference.lora_A["default"].weight, reference.lora_B["default"].weight
+        wanted.append(reference.base_layer(theirs) + 2.0 * ((theirs * factors) @ a.T) @ b.T)
+    torch.autograd.backward(wanted, [grad.float() for grad in grads])
     assert mine.grad is not None
-    found = {
-        "y": apart(y, wanted),
-        "x": apart(mine.grad, theirs.grad),
-        "A": apart(module.lora_A["default"].weight.grad, a.grad),
-        "B": apart(module.lora_B["default"].weight.grad, b.grad),
-    }
-    assert max(found.values()) < 0.005, found  # a bfloat16 rounding is 0.002 to 0.004
+    assert theirs.grad is not None
+    told = {"x": apart(mine.grad, theirs.grad)} | {f"y{at}": apart(*pair) for at, pair in enumerate(zip(found, wanted, strict=True))}
+    for name in network:
+        for part in ("lora_A", "lora_B"):
+            pair = [getattr(one[name], part)["default"].weight.grad for one in (network, exact)]
+            told[f"{name} {part}"] = apart(*pair)
+    assert max(told.values()) < 0.005, told  # a bfloat16 rounding is 0.002 to 0.004
 
 
 def test_masks_keep_their_share_and_differ_between_draws_rows_and_columns() -> None:
@@ -89,9 +95,9 @@ def test_masks_keep_their_share_and_differ_between_draws_rows_and_columns() -> N
 def test_without_gradients_the_layer_is_pefts() -> None:
     from intervale.model.fast_lora import make_fast
 
-    network = layer(256, 512, True, 0.0)
+    network = layer(256, (512,), True, 0.0)
     x = torch.randn(30, 256, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
-        before = network(x)
+        before = network["o_proj"](x)
         assert make_fast(network) is not None
-        assert torch.equal(network(x), before)
+        assert torch.equal(network["o_proj"](x), before)

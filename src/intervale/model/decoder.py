@@ -7,6 +7,8 @@ and all lengths. Legend: T tokens of a pack, N tokens with a label, D width.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,11 +16,13 @@ from functools import cache
 from typing import Any, Protocol
 
 import torch
+from torch._inductor import config as inductor
 from torch.utils.checkpoint import checkpoint
 from transformers import InternVLForConditionalGeneration
 
-from intervale.model.attention import NAME, Layout, preferred
+from intervale.model.attention import NAME, Layout, packed_attention, preferred
 
+_COMPILERS = 8  # processes; torch would start one a core, which takes longer than one layer's code
 _LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
@@ -46,32 +50,61 @@ class Walk:
 
 
 def _whole(layer: torch.nn.Module, hidden_1TD: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    if _splits(layer):
+        return _mlp_part(layer, _attention_part(layer, hidden_1TD, options))
     seen: torch.Tensor = layer(hidden_1TD, attention_mask=None, past_key_values=None, use_cache=False, **options)
     return seen
 
 
 def _attention_part(layer: Any, hidden_1TD: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
-    seen, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_1TD), attention_mask=None, past_key_values=None, **options)
+    normed_1TD = layer.input_layernorm(hidden_1TD)
+    if hasattr(layer.self_attn, "together") and torch.is_grad_enabled():
+        return hidden_1TD + _attend_together(layer.self_attn, normed_1TD, options)
+    seen, _ = layer.self_attn(hidden_states=normed_1TD, attention_mask=None, past_key_values=None, **options)
     together: torch.Tensor = hidden_1TD + seen
     return together
 
 
+def _attend_together(attention: Any, normed_1TD: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    """transformers' attention of Llama, Qwen2 and Qwen3 with query, key and value from one product."""
+    heads = (*normed_1TD.shape[:-1], -1, attention.head_dim)
+    query, key, value = (one.view(heads) for one in attention.together(normed_1TD))
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    query, key, value = (one.transpose(1, 2) for one in (query, key, value))
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    query, key = rotate(query, key, *options["position_embeddings"])
+    extra = {} if getattr(attention, "sliding_window", None) is None else {"sliding_window": attention.sliding_window}
+    seen, _ = packed_attention(
+        attention, query, key, value, None, layout=options["layout"], scaling=attention.scaling, dropout=0.0, **extra
+    )
+    out: torch.Tensor = attention.o_proj(seen.reshape(*normed_1TD.shape[:-1], -1))
+    return out
+
+
 def _mlp_part(layer: Any, hidden_ND: torch.Tensor) -> torch.Tensor:
-    together: torch.Tensor = hidden_ND + layer.mlp(layer.post_attention_layernorm(hidden_ND))
-    return together
+    normed_ND, mlp = layer.post_attention_layernorm(hidden_ND), layer.mlp
+    if hasattr(mlp, "together") and torch.is_grad_enabled():
+        gate, up = mlp.together(normed_ND)
+        seen: torch.Tensor = hidden_ND + mlp.down_proj(mlp.act_fn(gate) * up)
+    else:
+        seen = hidden_ND + mlp(normed_ND)
+    return seen
 
 
 @cache
 def _compiled(part: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """One compiled function for all layers and lengths."""
+    inductor.compile_threads = min(_COMPILERS, os.cpu_count() or 1)
     function: Callable[..., torch.Tensor] = torch.compile(part, dynamic=True)
     return function
 
 
 def _splits(layer: torch.nn.Module) -> bool:
-    """Is the layer the plain pre-norm block (Llama, Qwen2, Qwen3; Phi3 without dropout)?"""
+    """Is the layer the plain pre-norm block without dropout (Llama, Qwen2, Qwen3; Phi3)?"""
     dropouts = [getattr(layer, name, None) for name in ("resid_attn_dropout", "resid_mlp_dropout")]
-    return all(hasattr(layer, part) for part in _LAYER_PARTS) and not any(getattr(one, "p", 0) for one in dropouts)
+    quiet = not any(getattr(one, "p", 0) for one in dropouts)
+    return quiet and all(hasattr(layer, part) for part in _LAYER_PARTS)
 
 
 def hidden_at_targets(

@@ -1,13 +1,19 @@
 """LoRA at the price of its arithmetic on a GPU: PEFT's layers keep their parameters and their files, only their training pass changes.
 
-Promises: the same function and, with dropout, the same distribution as PEFT's layer, every layer with a mask of its own. The frozen
-matrix and B stand side by side in one buffer, [W | scale B], so that one product [x | dropout(x) A^T] [W | scale B]^T gives the
-layer's output and one gives both gradients on the way back. Cost: bfloat16 copies of A and B, made anew for every step.
-Legend: T tokens, K inputs, N outputs, R rank.
+Promises: the same function and, with dropout, the same distribution as PEFT's layers, each with a mask of its own. Layers that read the
+same x (query, key and value; gate and up) are one product: their frozen matrices and their B stand in one buffer,
+
+    [ Wq  Bq  0   0  ]
+    [ Wk  0   Bk  0  ]
+    [ Wv  0   0   Bv ],   and [x | hq | hk | hv] with h = scale * dropout(x) A^T is its other side,
+
+and one product with that buffer gives all their gradients on the way back. Cost: bfloat16 copies of A and B, made anew for every step,
+and the products with 0 (3% of a step's arithmetic with InternVL2-2B and rank 128). Legend: T tokens, K inputs, N outputs, R rank, G layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,137 +23,175 @@ from torch.nn import functional
 
 from intervale.model.lora_kernels import back, down
 
+_MOST_RANKS = 384  # of layers that are served at once: what a multiprocessor's registers hold
+
 
 @triton_op("intervale::lora_linear", mutates_args={})
 def _linear(
     x_TK: torch.Tensor,
-    first_RK: torch.Tensor,
-    second_NR: torch.Tensor,
+    seconds: Sequence[torch.Tensor],
+    firsts: Sequence[torch.Tensor],
     wide_NKR: torch.Tensor,
-    small_RK: torch.Tensor,
+    small_GRK: torch.Tensor,
     bias_N: torch.Tensor | None,
-    draw_1: torch.Tensor,
+    draws_G: torch.Tensor,
     dropout: float,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(`y_TN`, `h_TR`). `first_RK` and `second_NR` are the parameters, there for their gradients; their values come from the copies."""
+    """(`y_TN`, `h_TGR`). `firsts` (A) and `seconds` (B) are the parameters, there for their gradients; their values come from the copies."""
     inputs, outputs = x_TK.shape[1], wide_NKR.shape[0]
-    h_TR, wide_TKR = down(x_TK, small_RK, draw_1, dropout, wide=outputs >= inputs)
+    h_TGR, wide_TKR = down(x_TK, small_GRK, draws_G, dropout, scale, wide=outputs >= inputs)
     if wide_TKR is not None:
-        return functional.linear(wide_TKR, wide_NKR, bias_N), h_TR
-    return torch.addmm(functional.linear(x_TK, wide_NKR[:, :inputs], bias_N), h_TR, wide_NKR[:, inputs:].t()), h_TR
+        return functional.linear(wide_TKR, wide_NKR, bias_N), h_TGR
+    return torch.addmm(functional.linear(x_TK, wide_NKR[:, :inputs], bias_N), h_TGR, wide_NKR[:, inputs:].t()), h_TGR
 
 
 @triton_op("intervale::lora_linear_back", mutates_args={})
 def _linear_back(
     grad_TN: torch.Tensor,
     x_TK: torch.Tensor,
-    h_TR: torch.Tensor,
+    h_TGR: torch.Tensor,
     wide_NKR: torch.Tensor,
-    small_RK: torch.Tensor,
-    draw_1: torch.Tensor,
+    small_GRK: torch.Tensor,
+    draws_G: torch.Tensor,
     dropout: float,
     scale: float,
     want_input: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(`dx_TK`, empty if it is not wanted, `da_RK`, `db_NR`), the latter two in float32."""
+    """(`dx_TK`, empty if it is not wanted, `da_GRK` in float32, `db_NGR`: of each layer's outputs with every layer's h)."""
     inputs = x_TK.shape[1]
     if want_input:
         wide_TKR = grad_TN @ wide_NKR
-        dx_TK, da_RK = back(x_TK, small_RK, wide_TKR[:, :inputs], wide_TKR[:, inputs:], draw_1, dropout)
+        dx_TK, da_GRK = back(x_TK, small_GRK, wide_TKR[:, :inputs], wide_TKR[:, inputs:], draws_G, dropout, scale)
     else:
-        dx_TK, da_RK = back(x_TK, small_RK, None, grad_TN @ wide_NKR[:, inputs:], draw_1, dropout)
-    return dx_TK, da_RK, (grad_TN.t() @ h_TR).float() * scale
+        dx_TK, da_GRK = back(x_TK, small_GRK, None, grad_TN @ wide_NKR[:, inputs:], draws_G, dropout, scale)
+    return dx_TK, da_GRK, grad_TN.t() @ h_TGR
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x_TK, _, _, wide_NKR, small_RK, _, draw_1, ctx.dropout, ctx.scale = inputs
-    ctx.save_for_backward(x_TK, output[1], wide_NKR, small_RK, draw_1)
+    x_TK, seconds, _, wide_NKR, small_GRK, _, draws_G, ctx.dropout, ctx.scale = inputs
+    ctx.outputs = [len(second) for second in seconds]
+    ctx.save_for_backward(x_TK, output[1], wide_NKR, small_GRK, draws_G)
 
 
 def _grads(ctx: Any, grad_TN: torch.Tensor, unused: Any) -> tuple[Any, ...]:
-    x_TK, h_TR, wide_NKR, small_RK, draw_1 = ctx.saved_tensors
+    x_TK, h_TGR, wide_NKR, small_GRK, draws_G = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[0]
     dx, da, db = torch.ops.intervale.lora_linear_back(
-        grad_TN.contiguous(), x_TK, h_TR, wide_NKR, small_RK, draw_1, ctx.dropout, ctx.scale, ctx.needs_input_grad[0]
+        grad_TN.contiguous(), x_TK, h_TGR, wide_NKR, small_GRK, draws_G, ctx.dropout, ctx.scale, wanted
     )
-    return dx if ctx.needs_input_grad[0] else None, da, db, None, None, None, None, None, None
+    rank = len(small_GRK) // len(ctx.outputs)
+    blocks = enumerate(db.split(ctx.outputs))
+    seconds = [rows[:, at * rank : (at + 1) * rank].float() for at, rows in blocks]
+    return dx if wanted else None, seconds, list(da.split(rank)), None, None, None, None, None, None
 
 
 _linear.register_autograd(_grads, setup_context=_keep)
 
 
-class FastLoraLinear(Linear):
-    """PEFT's layer with the fast pass while it trains; in every other state it is PEFT's own."""
+class Together(torch.nn.Module):
+    """LoRA layers that read the same x, as one. It holds their frozen matrices; the parameters stay theirs."""
 
     wide_NKR: torch.Tensor
-    small_RK: torch.Tensor
-    draw_1: torch.Tensor
-    fast_dropout: float
-    fast_scale: float
+    small_GRK: torch.Tensor
+    draws_G: torch.Tensor
+    bias_N: torch.Tensor | None
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        super().__init__()
+        first = layers[0].base_layer.weight
+        inputs, rank = first.shape[1], layers[0].r["default"]
+        self.outputs = [layer.base_layer.weight.shape[0] for layer in layers]
+        self.dropout = float(getattr(layers[0].lora_dropout["default"], "p", 0.0))
+        self.scale = float(layers[0].scaling["default"])
+        wide_NKR = first.new_zeros(sum(self.outputs), inputs + len(layers) * rank)
+        for layer, rows_NKR in zip(layers, wide_NKR.split(self.outputs), strict=True):
+            rows_NKR[:, :inputs] = layer.base_layer.weight.data
+            layer.base_layer.weight.data = rows_NKR[:, :inputs]  # the frozen matrix lives in the buffer from now on
+        biases = [layer.base_layer.bias for layer in layers]
+        self.register_buffer("wide_NKR", wide_NKR, persistent=False)
+        self.register_buffer("small_GRK", first.new_zeros(len(layers) * rank, inputs), persistent=False)
+        self.register_buffer("draws_G", torch.zeros(len(layers), dtype=torch.int64, device=first.device), persistent=False)
+        self.register_buffer("bias_N", None if biases[0] is None else torch.cat([bias.data for bias in biases]), persistent=False)
+        self.firsts = [layer.lora_A["default"].weight for layer in layers]
+        self.seconds = [layer.lora_B["default"].weight for layer in layers]
+
+    def copies(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(where the products read it, the parameter) of every A and B."""
+        rank, inputs = len(self.firsts[0]), self.firsts[0].shape[1]
+        for at, rows_NKR in enumerate(self.wide_NKR.split(self.outputs)):
+            yield self.small_GRK[at * rank : (at + 1) * rank], self.firsts[at].detach()
+            yield rows_NKR[:, inputs + at * rank : inputs + (at + 1) * rank], self.seconds[at].detach()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Every layer's output for x of any leading shape."""
+        y_TN, _ = torch.ops.intervale.lora_linear(
+            x.flatten(0, -2).to(self.wide_NKR.dtype),
+            self.seconds,
+            self.firsts,
+            self.wide_NKR,
+            self.small_GRK,
+            self.bias_N,
+            self.draws_G,
+            self.dropout,
+            self.scale,
+        )
+        return tuple(y_TN.view(*x.shape[:-1], -1).split(self.outputs, dim=-1))
+
+
+class FastLoraLinear(Linear):
+    """PEFT's layer with the fast pass while it trains; in every other state it is PEFT's own."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As PEFT's."""
         if not self.training or not torch.is_grad_enabled():
             plain: torch.Tensor = super().forward(x, *args, **kwargs)
             return plain
-        y_TN, _ = torch.ops.intervale.lora_linear(
-            x.flatten(0, -2).to(self.wide_NKR.dtype),
-            self.lora_A["default"].weight,
-            self.lora_B["default"].weight,
-            self.wide_NKR,
-            self.small_RK,
-            self.base_layer.bias,
-            self.draw_1,
-            self.fast_dropout,
-            self.fast_scale,
-        )
-        return y_TN.view(*x.shape[:-1], -1)
+        (y,) = self.together(x)
+        return y
 
 
 class FastLora:
     """A network's fast layers: `refresh` after every change of the parameters, `draw` for every micro-batch's dropout masks."""
 
-    def __init__(self, layers: list[FastLoraLinear], device: torch.device) -> None:
-        self._draws_L = torch.zeros(len(layers), dtype=torch.int64, device=device)
-        self._first, self._second, self._small, self._slots, self._scales = [], [], [], [], []
-        for layer, draw_1 in zip(layers, self._draws_L.split(1), strict=True):
-            layer.register_buffer("draw_1", draw_1, persistent=False)
-            self._first.append(layer.lora_A["default"].weight)
-            self._second.append(layer.lora_B["default"].weight)
-            self._small.append(layer.small_RK)
-            self._slots.append(layer.wide_NKR[:, layer.in_features :])
-            self._scales.append(layer.fast_scale)
+    def __init__(self, found: Sequence[Together]) -> None:
+        copies = [copy for together in found for copy in together.copies()]
+        self._places, self._parameters = [place for place, _ in copies], [parameter for _, parameter in copies]
+        self._draws = torch.zeros(sum(len(one.outputs) for one in found), dtype=torch.int64, device=found[0].draws_G.device)
+        for together, own in zip(found, self._draws.split([len(one.outputs) for one in found]), strict=True):
+            together.draws_G = own
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the parameters' values to where the products read them."""
-        torch._foreach_copy_(self._small, [p.detach() for p in self._first])
-        torch._foreach_copy_(self._slots, torch._foreach_mul([p.detach() for p in self._second], self._scales))
+        torch._foreach_copy_(self._places, self._parameters)
 
     def draw(self) -> None:
         """New masks, from torch's generator of the device."""
-        self._draws_L.random_(0, 2**31)
+        self._draws.random_(0, 2**31)
 
 
 def make_fast(network: torch.nn.Module) -> FastLora | None:
-    """Let the LoRA layers that the kernels can serve take the fast pass, in place; None when there is none."""
-    found = [_made_fast(module) for module in network.modules() if type(module) is Linear and _fits(module)]
-    return FastLora(found, found[0].wide_NKR.device) if found else None
+    """Let the LoRA layers that the kernels can serve take the fast pass, in place; None when there is none.
 
-
-def _made_fast(layer: Any) -> FastLoraLinear:
-    weight, rank = layer.base_layer.weight, layer.r["default"]
-    outputs, inputs = weight.shape
-    wide_NKR = weight.new_empty(outputs, inputs + rank)
-    wide_NKR[:, :inputs] = weight.data
-    weight.data = wide_NKR[:, :inputs]  # the frozen matrix lives in the buffer from now on
-    layer.__class__ = FastLoraLinear
-    layer.register_buffer("wide_NKR", wide_NKR, persistent=False)
-    layer.register_buffer("small_RK", weight.new_empty(rank, inputs), persistent=False)
-    layer.fast_dropout = float(getattr(layer.lora_dropout["default"], "p", 0.0))
-    layer.fast_scale = float(layer.scaling["default"])
-    fast: FastLoraLinear = layer
-    return fast
+    Query, key and value of an attention and gate and up of an MLP get a `together` on their parent, which `model.decoder` calls; every
+    other layer has one of its own.
+    """
+    found: list[Together] = []
+    for parent in list(network.modules()):
+        for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            layers: list[Any] = [getattr(parent, name, None) for name in names]
+            if all(type(layer) is Linear and _fits(layer) for layer in layers) and _alike(layers):
+                found.append(Together(layers))
+                parent.together = found[-1]
+                for layer in layers:
+                    layer.served = True  # not once more below
+    for layer in list(network.modules()):
+        if type(layer) is Linear and _fits(layer) and not hasattr(layer, "served"):
+            found.append(Together([layer]))
+            layer.together = found[-1]
+            layer.__class__ = FastLoraLinear
+    return FastLora(found) if found else None
 
 
 def _fits(layer: Any) -> bool:
@@ -157,3 +201,18 @@ def _fits(layer: Any) -> bool:
     weight, rank = layer.base_layer.weight, layer.r["default"]
     sizes = 16 <= rank <= 256 and rank & (rank - 1) == 0 and weight.shape[1] % 128 == 0
     return weight.is_cuda and weight.dtype == torch.bfloat16 and not weight.requires_grad and sizes
+
+
+def _alike(layers: Sequence[Any]) -> bool:
+    """The same inputs, rank, scale and dropout, biases everywhere or nowhere, and few enough ranks."""
+    told = {
+        (
+            layer.base_layer.weight.shape[1],
+            layer.r["default"],
+            layer.scaling["default"],
+            getattr(layer.lora_dropout["default"], "p", 0.0),
+            layer.base_layer.bias is None,
+        )
+        for layer in layers
+    }
+    return len(told) == 1 and len(layers) * layers[0].r["default"] <= _MOST_RANKS
