@@ -38,15 +38,15 @@ import json, resource, sys, time
 begun = float(sys.argv[2])
 from pathlib import Path
 from intervale.core.config import load_recipe
-from intervale.train import loop
+from intervale.train import loop, steps
 from intervale.train.recipe import TrainRecipe
 loaded = time.time()
 first = []
-real = loop.append_metrics
+real = steps.append_metrics
 def noted(folder, entry):
     first.append(time.time())
     real(folder, entry)
-loop.append_metrics = noted
+steps.append_metrics = noted
 path = Path(sys.argv[1])
 loop.train(load_recipe(path, TrainRecipe), path.stem, resume=False, fresh=True, dry_run=False, tell=lambda text: print(text, file=sys.stderr))
 print(json.dumps({
