@@ -26,11 +26,12 @@ INDEX = """
 import json, resource, sys, time
 from pathlib import Path
 from intervale.data.index import open_index
-begun = time.monotonic()
+begun, before = time.monotonic(), time.process_time()
 items = len(open_index(Path(sys.argv[1])))
 seconds = time.monotonic() - begun
+used = sum(resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
-print(json.dumps({"items": items, "seconds": seconds, "peak_bytes": peak}))
+print(json.dumps({"items": items, "seconds": seconds, "cpu_s": used - before, "peak_bytes": peak}))
 """
 
 TRAIN = """
@@ -184,6 +185,7 @@ def one_size(work: Path, count: int, images: list[str], environment: dict[str, s
         "file_bytes": data.stat().st_size,
         "index_items_s": round(count / indexed["seconds"]),
         "index_s": round(indexed["seconds"], 3),
+        "index_cpu_us_an_item": round(1e6 * indexed["cpu_s"] / count, 2),
         "index_peak_gib": round(indexed["peak_bytes"] / 2**30, 3),
         "imports_s": round(trained["imports_s"], 2),
         "first_step_s": round(trained["first_step_s"], 2),
@@ -191,7 +193,7 @@ def one_size(work: Path, count: int, images: list[str], environment: dict[str, s
         "train_peak_gib": round(trained["peak_bytes"] / 2**30, 3),
     }
     print(
-        f"{count:>10,} {row['index_items_s']:>9,} {row['index_s']:>8} {row['index_peak_gib']:>10} {row['first_step_s']:>12} "
+        f"{count:>10,} {row['index_items_s']:>9,} {row['index_s']:>8} {row['index_cpu_us_an_item']:>7} {row['index_peak_gib']:>10} {row['first_step_s']:>12} "
         f"{row['from_start_s']:>12} {row['train_peak_gib']:>10}",
         flush=True,
     )
@@ -212,7 +214,9 @@ def main() -> None:
             env=environment,
             capture_output=True,
         )
-        print(f"{'items':>10} {'items/s':>9} {'index s':>8} {'index GiB':>10} {'first step s':>12} {'from start s':>12} {'train GiB':>10}")
+        print(
+            f"{'items':>10} {'items/s':>9} {'index s':>8} {'us CPU':>7} {'index GiB':>10} {'first step s':>12} {'from start s':>12} {'train GiB':>10}"
+        )
         rows = [one_size(work, count, images, environment) for count in given.sizes]
         costs = child(COSTS, work / "tiny", work / f"items-{given.sizes[-1]}.jsonl", write_tar(work, images), environment=environment)
         costs = {name: round(value, 3) for name, value in costs.items()}

@@ -90,6 +90,7 @@ def test_groups_are_the_pictures_and_text_alone_is_alone(tmp_path: Path) -> None
         found = opened(tmp_path, spec, index=index).groups()
         assert len(set(found)) == 4
         assert found[0] == found[3]
+        assert list(opened(tmp_path, spec, index=index).first_of_pictures()) == [0, 2]
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,12 +125,31 @@ class Corpus(Sequence[Record]):
                 ]
                 own = np.array(named, np.int64)
             else:
-                keys = np.concatenate([index.rows["pictures"] for index in source.indexes])
+                keys = _picture_keys(source)
                 alone = keys == 0
                 keys[alone] = np.flatnonzero(alone).astype(np.uint64) << np.uint64(1)  # even: no picture's key is
                 _, own = np.unique(keys, return_inverse=True)
             found.append(own + first)
             first += int(own.max()) + 1
+        return np.concatenate(found)
+
+    def first_of_pictures(self) -> np.ndarray:
+        """The numbers of the first items about each distinct list of pictures, in order: enough to meet every picture."""
+        found, start = [], 0
+        for source in self._sources:
+            if source.records is not None:
+                seen: dict[object, int] = {}
+                for at, record in enumerate(source.records):
+                    if record.images:
+                        seen.setdefault((record.root, record.images), at)
+                own = np.array(list(seen.values()), np.int64)
+            else:
+                keys = _picture_keys(source)
+                places = np.flatnonzero(keys)
+                _, first = np.unique(keys[places], return_index=True)
+                own = np.sort(places[first])
+            found.append(own + start)
+            start += source.count
         return np.concatenate(found)
 
     def largest(self, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,6 +178,16 @@ class Corpus(Sequence[Record]):
                 text, images = int(row["text"]), int(row["images"])
             costs[at] = text * tokens_a_byte + images * tokens_a_picture
         return costs
+
+
+def _picture_keys(source: _Source) -> np.ndarray:
+    """What names each item's pictures, folder included; 0 for text alone, else odd."""
+    parts = []
+    for index in source.indexes:
+        keys = np.array(index.rows["pictures"])
+        folder = np.uint64(zlib.crc32(str(index.root.resolve()).encode()) << 1)
+        parts.append(np.where(keys == 0, keys, keys ^ folder))
+    return np.concatenate(parts)
 
 
 def _window(source: _Source) -> int:

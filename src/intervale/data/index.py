@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ META, ITEMS, RECORDS = "meta.json", "items.bin", "records.jsonl"
 ROW = np.dtype(
     [("offset", "<u8"), ("size", "<u4"), ("line", "<u4"), ("text", "<u4"), ("answer", "<u4"), ("images", "<u4"), ("pictures", "<u8"), ("id", "<u8")]
 )  # fmt: skip
+_PACKED = struct.Struct("<QIIIIIQQ")  # a ROW
 _CHUNK = 4 << 20  # bytes of a file that a process scans at a time
 _KEYS = {"messages", "images", "id", "choices", "answer", "tags"}
 
@@ -118,8 +120,10 @@ def _quick_extras(item: Any) -> None:
 
 def row_values(raw: bytes) -> tuple[int, int, int, int, int]:
     """(text, answer, images, pictures, id) of a line. Raises: UserError for what `parse_record` refuses."""
-    with contextlib.suppress(Exception):  # then it is looked at closely, which tells what is wrong if anything is
+    try:
         return _quick(orjson.loads(raw))
+    except Exception:  # then it is looked at closely, which tells what is wrong if anything is
+        pass
     try:
         decoded = raw.decode()
     except UnicodeDecodeError as error:
@@ -155,7 +159,8 @@ def _scan(path: Path, start: int, size: int) -> _Scan:
         data = file.read(size) if size > 0 else b""
         if data and not data.endswith(b"\n"):
             data += file.readline()
-    found = []
+    found: list[bytes] = []
+    pack = _PACKED.pack
     lines = data.split(b"\n")
     if lines and not lines[-1]:
         lines.pop()
@@ -163,11 +168,15 @@ def _scan(path: Path, start: int, size: int) -> _Scan:
         body = raw[3:] if offset == 0 and raw.startswith(b"\xef\xbb\xbf") else raw
         if body.strip():
             try:
-                found.append((offset + len(raw) - len(body), len(body), number, *row_values(body)))
+                found.append(pack(offset + len(raw) - len(body), len(body), number, *row_values(body)))
             except UserError:
-                return _Scan(np.array(found, ROW), len(lines), (offset + len(raw) - len(body), len(body), number))
+                return _Scan(_rows(found), len(lines), (offset + len(raw) - len(body), len(body), number))
         offset += len(raw) + 1
-    return _Scan(np.array(found, ROW), len(lines))
+    return _Scan(_rows(found), len(lines))
+
+
+def _rows(packed: list[bytes]) -> np.ndarray:
+    return np.frombuffer(bytearray(b"".join(packed)), ROW)  # a bytearray: its line numbers are yet to be raised
 
 
 def _scan_all(path: Path, name: str, target: Path) -> None:
