@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,32 @@ def folder(path: Path, lines: list[dict[str, Any]], **changes: Any) -> Path:
 def outcomes(pattern: str) -> list[dict[str, Any]]:
     """Items q0, q1, ... of which those marked 1 were answered right."""
     return [line(f"q{n}", mark == "1") for n, mark in enumerate(pattern)]
+
+
+def after(count: int) -> Callable[[], None]:
+    """A hook that kills the run at its `count`th answer."""
+    left = [count]
+
+    def hook() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    return hook
+
+
+def timeless(value: Any) -> Any:
+    """Without the times, which are all that may differ between two runs."""
+    if isinstance(value, dict):
+        return {key: timeless(entry) for key, entry in value.items() if key != "seconds"}
+    return [timeless(entry) for entry in value] if isinstance(value, list) else value
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """Everything that is made from the answers."""
+    summaries = {str(path.relative_to(out)): json.loads(path.read_text()) for path in sorted(out.rglob("*.json"))}
+    lines = {
+        str(path.relative_to(out)): [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(out.rglob("predictions.jsonl"))
+    }
+    return timeless(summaries | lines)

@@ -32,3 +32,21 @@ def test_the_benchmark_trains_stock_and_ours_on_the_same_mathematics(tmp_path: P
     # The gradients of LoRA's B at the first step depend on its A: the fresh matrices are the same too.
     assert ours["first_gradient_norm"] == pytest.approx(stock["first_gradient_norm"], rel=1e-4)
     assert json.loads(out.read_text())["ratios"] == told["ratios"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_evaluate_asks_the_same_every_way(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    words = ["--preset", "tiny", "--device", "cpu", "--tiles", "5", "--pictures", "2", "--new", "6", "--rounds", "1", "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(Path(intervale.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "evaluate.py"), *words], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert told == json.loads(out.read_text())
+    assert told["tiles"] == 5
+    assert told["score"]["difference"] < 1e-5
+    assert (told["answer"]["differ"], told["evaluate"]["differ"], told["evaluate"]["of"]) == (0, 0, 8)
+    assert set(told["score"]["shared_faster_than"]) == {"separate", "batched"}
+    assert {"device", "versions", "precision", "threads"} <= set(told)

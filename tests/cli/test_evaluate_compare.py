@@ -68,6 +68,26 @@ def test_the_journey_from_two_evaluations_to_a_report(home: Path) -> None:
     assert json.loads(out) == json.loads((home / "cmp" / "report.json").read_text())
 
 
+def test_a_third_evaluation_stands_beside_and_a_card_needs_an_export(home: Path) -> None:
+    for n in (0, 1):
+        call("evaluate", home / f"m{n}", home / "data.jsonl", "--out", home / f"s{n}", "--max-new-tokens", 2, "--device", "cpu")
+    out, _ = call("compare", home / "s0", home / "s1", "--beside", home / "s0", "--out", home / "three")
+    assert "AFTER minus this" in out
+    assert len(json.loads((home / "three" / "report.json").read_text())["others"]) == 1
+    found = CliRunner().invoke(app, ["compare", str(home / "s0"), str(home / "s1"), "--card", "--out", str(home / "four")])
+    assert isinstance(found.exception, UserError)
+    assert "not a folder that `intervale export` wrote" in found.exception.what
+
+
+def test_open_answers_are_scored_and_told(home: Path) -> None:
+    turns = (Message("user", "<image>\nWhich colour?"), Message("assistant", "red"))
+    lines = [to_json(Record(str(n), turns, ("a.png",))) for n in range(3)]
+    (home / "open.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    out, _ = call("evaluate", home / "m0", home / "open.jsonl", "--out", home / "o0", "--max-new-tokens", 3, "--device", "cpu")
+    for told in ("right answer contained", "word for word", "character F1", "ROUGE-L", "empty answers"):
+        assert told in out
+
+
 def test_the_screen_tells_accuracy_tags_and_what_is_not_known(home: Path) -> None:
     out, _ = call("evaluate", home / "m0", home / "data.jsonl", "--out", home / "shown", "--max-new-tokens", 2, "--device", "cpu")
     assert out.startswith("accuracy")

@@ -48,6 +48,7 @@ def test_quickstart_scores_tunes_exports_scores_again_and_only_tells_the_second_
     assert mark["n"] == 48
     assert (out / "report.html").stat().st_size > 10_000
     assert load_model(out / "tuned").tiling.max_tiles == 1
+    assert "| 48 |" in (out / "tuned" / "README.md").read_text()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     again = run(out)
     assert again.splitlines()[-12:] == first.splitlines()[-12:]

@@ -58,12 +58,14 @@ def test_serve_prints_its_address_answers_and_ends_on_ctrl_c(tiny: Path, plates:
 
 def test_the_page_names_the_run_and_shows_its_report(tiny: Path, run_folder: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.html"
-    report.write_text("<h1>the report</h1>")
+    report.write_text('<html lang="en"><h1>the report</h1>')
+    (tmp_path / "report.zh.html").write_text("<h1>报告</h1>", encoding="utf-8")
     with serving(run_folder, "--base", tiny, "--port", 0, "--device", "cpu", "--report", report) as (process, url):
         page = httpx.get(url)
         assert "intervale" in page.text
         assert str(tmp_path) not in page.text
-        assert httpx.get(f"{url}/report").text == "<h1>the report</h1>"
+        assert "the report" in httpx.get(f"{url}/report").text
+        assert "报告" in httpx.get(f"{url}/report", headers={"accept-language": "zh-CN"}).text
         with httpx.stream("GET", f"{url}/gradio_api/heartbeat/abc") as tab:  # an open tab does not hold the server up
             assert next(tab.iter_lines()) == "data: ALIVE"
             process.send_signal(signal.SIGINT)

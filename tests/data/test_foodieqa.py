@@ -10,7 +10,8 @@ from intervale.core.errors import UserError
 from intervale.core.files import sha256_file
 from intervale.core.records import read_records
 from intervale.data.check import check_files
-from intervale.data.foodieqa import NO_ENGLISH, normal_cuisine, read_foodieqa
+from intervale.data.foodie_items import NO_ENGLISH, normal_cuisine
+from intervale.data.foodieqa import read_foodieqa
 from intervale.data.split import divide, groups_of
 from intervale.data.writer import write_dataset
 

@@ -9,7 +9,7 @@ import pytest
 from intervale.core.errors import UserError
 from intervale.engine import desks
 from intervale.engine.api import ChatTurn, Request, Sampling
-from intervale.engine.desks import default_tiles, local_desk, name_of
+from intervale.engine.desks import default_tiles, local_desk, name_of, short_path
 from intervale.engine.local import LocalEngine, answer
 from intervale.engine.scheduler import Scheduler
 from intervale.model.load import load_model
@@ -62,6 +62,10 @@ def test_names_are_the_last_part_and_tiles_are_fewer_on_a_cpu_only_where_they_ar
 ) -> None:
     assert name_of("OpenGVLab/InternVL2-2B") == "InternVL2-2B"
     assert name_of(f"{tiny}/") == "tiny"
+    for path in ("quickstart/run", "quickstart/run/checkpoints/step-00000064", "runs/quickstart"):
+        (tmp_path / path).mkdir(parents=True)
+        assert name_of(str(tmp_path / path)) == "quickstart"
+    assert short_path(str(tmp_path / "quickstart/run")) == "quickstart/run"
     assert default_tiles(str(tiny), "cpu") is None
     shutil.copytree(tiny, tmp_path / "large")
     config = tmp_path / "large" / "config.json"

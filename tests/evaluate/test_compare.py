@@ -149,4 +149,5 @@ def test_the_report_speaks_chinese_and_is_written_whole(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text()
     assert "改对的题目 (2)" in page
     assert 'lang="zh-CN"' in page
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.en.html", "report.html", "report.json"]
+    assert 'lang="en"' in (tmp_path / "out" / "report.en.html").read_text()

@@ -315,7 +315,7 @@ def test_a_second_comparison_is_a_row_and_stands_in_the_json(tmp_path: Path) -> 
     write_report(found, tmp_path / "out", extra)
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == found | {"also": extra}
     text = _Page((tmp_path / "out" / "report.html").read_text()).text.replace("\u00a0", " ")
-    assert "By likelihood (prompt mcq): 20.0% → 100.0%, +80.0 points [" in text
+    assert "By likelihood (options shown): 20.0% → 100.0%, +80.0 points [" in text
     assert "], McNemar p = 0.0078" in text
     write_report(found, tmp_path / "alone")
     assert json.loads((tmp_path / "alone" / "report.json").read_text()) == found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ import torch
 from PIL import Image
 
 from intervale.core.errors import UserError
-from intervale.core.files import write_json
+from intervale.core.files import sha256_file, write_json
 from intervale.core.lang import set_language
 from intervale.core.records import Message, Record, data_digest, read_records, to_json
 from intervale.data.dataset import TileCache, load_item
+from intervale.engine import batch as engine_batch
 from intervale.engine.decode import encode_tiles
 from intervale.evaluate import batches as batching
 from intervale.evaluate import features as featuring
 from intervale.evaluate import run as running
 from intervale.evaluate.folder import PREDICTIONS, PROTOCOL, SUMMARY, read_predictions
-from intervale.evaluate.provenance import scored_on_training_items
+from intervale.evaluate.provenance import about, scored_on_training_items
 from intervale.evaluate.run import evaluate, plan
 from intervale.model.forward import embed
 from intervale.model.load import load_model
@@ -173,6 +175,35 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_a_straight_one(
     assert both[0] == both[1]
     assert [line["id"] for line in both[0]] == [f"q{n}" for n in range(10)]
     assert set(towers) == together  # and never other pictures in a pass: rounding depends on it
+
+
+def test_a_pictures_questions_share_its_prefill(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[tuple[int, int]] = []
+    real = engine_batch._hidden
+    monkeypatch.setattr(engine_batch, "_hidden", lambda m, c, e, *rest: widths.append(tuple(e.shape[:2])) or real(m, c, e, *rest))
+    data = write_data(tmp_path, items=12)  # four questions on each of three pictures
+    go(model, data, tmp_path / "out", mode="likelihood")
+    lines = read_predictions(tmp_path / "out")
+    assert len(widths) == 2  # what they begin with, and all the rest
+    assert sum(rows * width for rows, width in widths) < 0.3 * sum(line["prompt_tokens"] for line in lines)
+
+
+def test_the_time_left_goes_by_what_is_left_to_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(running.time, "monotonic", lambda: clock[0])
+    told: list[str] = []
+    done = {"a": {"correct": True}}
+    progress = running._Progress([[("a", 500.0), ("b", 300.0)], [("c", 50.0), ("d", 50.0)]], done, told.append)
+    clock[0] = 130.0
+    progress.step({"id": "b", "correct": False})
+    assert told == ["2/4  right so far 50.0%  0.033 items/s  ETA 0:10"]
+    clock[0] = 131.0
+    progress.step({"id": "c", "correct": True})
+    assert len(told) == 1  # at most one in three seconds
+    clock[0] = 132.0
+    progress.step({"id": "d", "correct": True})
+    assert told[-1].startswith("4/4  right so far 75.0%")
+    assert told[-1].endswith("ETA 0:00")
 
 
 @pytest.mark.parametrize("mode", ["strict", "likelihood"])
@@ -340,3 +371,91 @@ def test_a_converted_export_still_knows_its_training(tmp_path: Path) -> None:
         {"format": "official", "before": json.loads((exported(tmp_path / "tuned", training) / "intervale.json").read_text())},
     )
     assert seen(again, training) is True
+
+
+def write_open(folder: Path, items: int = 5) -> Path:
+    data = write_data(folder, items=items, choices=(), answer=None)
+    assert all(not record.choices for record in read_records(data))
+    return data
+
+
+def test_open_answers_are_asked_measured_and_summed_up(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from intervale.evaluate import ask as asking
+
+    said = {"q0": "酸", "q1": "这是酸辣的", "q2": "咸", "q3": "", "q4": "酸，图中的菜是酸辣粉"}
+    real = asking._greedy
+    stop = next(iter(load_model(model, device="cpu").stop_ids))
+
+    def speaking(m: Any, ids: Any, record: Record, protocol: Any) -> dict[str, Any]:
+        return real(m, [*m.tokenizer.encode(said[record.id]), stop], record, protocol)
+
+    monkeypatch.setattr(asking, "_greedy", speaking)
+    data = write_open(tmp_path)  # 酸, 酸辣, 甜, 苦, 酸, each with a dish behind
+    summary = go(model, data, tmp_path / "out")
+    lines = {line["id"]: line for line in read_predictions(tmp_path / "out")}
+    assert [lines[f"q{n}"]["reference"] for n in range(5)] == ["酸", "酸辣", "甜", "苦", "酸"]
+    assert summary["protocol"]["headline"] == "contained"
+    assert (summary["n"], summary["correct"], summary["accuracies"]["exact"]["correct"]) == (5, 3, 2)
+    assert summary["means"]["f1"] == pytest.approx(sum(line["f1"] for line in lines.values()) / 5)
+    assert (summary["empty"], summary["chance"]) == (1, None)
+    assert {value: score["n"] for value, score in summary["tags"]["kind"].items()} == {"even": 3, "odd": 2}
+
+
+def test_a_picture_that_changed_is_another_evaluation(model: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path, items=2)
+    first = go(model, data, tmp_path / "out")
+    line = read_predictions(tmp_path / "out")[0]
+    assert line["pictures"] == [sha256_file(tmp_path / "images" / "0.png")[:16]]
+    Image.new("RGB", (60, 60), (1, 2, 3)).save(tmp_path / "images" / "0.png")
+    with pytest.raises(UserError, match=r"data\.pictures"):
+        go(model, data, tmp_path / "out")
+    second = go(model, data, tmp_path / "again")
+    assert first["data"]["digest"] == second["data"]["digest"]
+    assert first["hashes"]["pictures"] != second["hashes"]["pictures"]
+
+
+def test_a_picture_that_changes_while_it_is_asked_is_refused_by_item(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_data(tmp_path, items=4)
+    real = running.append_prediction
+
+    def changing(out: Path, line: dict[str, Any]) -> None:
+        Image.new("RGB", (60, 60), (9, 9, 9)).save(tmp_path / "images" / "1.png")
+        real(out, line)
+
+    monkeypatch.setattr(running, "append_prediction", changing)
+    with pytest.raises(UserError, match="pictures of 2 items changed while they were evaluated: 'q2', 'q3'"):
+        go(model, data, tmp_path / "out")
+    assert not (tmp_path / "out" / SUMMARY).exists()
+
+
+def test_every_summary_names_weights_data_seeds_and_software(model: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "d", items=2)
+    training = write_data(tmp_path / "train", items=4)
+    summary = go(model, data, tmp_path / "plain")
+    assert summary["hashes"] == {
+        "base": summary["model"]["fingerprint"], "adapter": None, "merged": None, "data": summary["data"]["digest"], "pictures": summary["data"]["pictures"],
+    }  # fmt: skip
+    assert summary["seeds"] == {"training": None, "evaluation": None}
+    tuned = tmp_path / "tuned"
+    shutil.copytree(model, tuned)
+    card = {"base": {"fingerprint": "b" * 16}, "checkpoint_fingerprint": "c" * 16, "recipe": {"train": {"seed": 7}}}
+    write_json(
+        tuned / "intervale.json", card | {"train": {"file": str(training), "items": 4, "digest": data_digest(read_records(training))}}
+    )
+    summary = go(tuned, data, tmp_path / "exported")
+    assert (summary["hashes"]["base"], summary["hashes"]["adapter"], summary["seeds"]["training"]) == ("b" * 16, "c" * 16, 7)
+    assert summary["hashes"]["merged"] == summary["model"]["fingerprint"]
+    assert summary["scored_on_training_items"] is True
+    assert summary["seen"]["files"][0]["exact"] == 2
+    assert "2 of 2 items are training items (2 with the very same pictures" in summary["scored_on_training_items_reason"]
+
+
+def test_a_model_behind_an_address_is_not_known_unless_the_data_tells(tmp_path: Path) -> None:
+    data = write_data(tmp_path, items=2)
+    facts = {"digest": "d", "pictures": "p"}
+    told = about(None, data, read_records(data), facts)
+    assert told["scored_on_training_items"] is None
+    assert "does not say what it was trained on" in told["scored_on_training_items_reason"]
+    assert told["hashes"] == {"base": None, "adapter": None, "merged": None, **{"data": "d", "pictures": "p"}}
+    write_json(tmp_path / "dataset.json", {"all": True})
+    assert about(None, data, read_records(data), facts)["scored_on_training_items"] is True

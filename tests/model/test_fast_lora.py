@@ -17,7 +17,9 @@ def layer(inputs: int, outputs: tuple[int, ...], bias: bool, dropout: float, ran
     """A network of linear layers with one input, called like an attention's, and LoRA on each."""
     torch.manual_seed(0)
     names = ("q_proj", "k_proj", "v_proj") if len(outputs) == 3 else ("o_proj",)
-    network = torch.nn.ModuleDict({name: torch.nn.Linear(inputs, size, bias=bias) for name, size in zip(names, outputs, strict=True)})
+    network = torch.nn.Module()
+    for name, size in zip(names, outputs, strict=True):
+        network.add_module(name, torch.nn.Linear(inputs, size, bias=bias))
     network = network.cuda().bfloat16().requires_grad_(False)
     get_peft_model(network, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(names)))
     for parameter in network.parameters():
@@ -60,14 +62,16 @@ def test_outputs_and_gradients_are_those_of_float32_within_bfloat16(
     x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
     grads = [torch.randn(rows, size, device="cuda", dtype=torch.bfloat16) for size in outputs]
     mine, theirs = x.clone().requires_grad_(), x.float().requires_grad_()
-    single = next(iter(network.values()))
+    names = [name for name, _ in exact.named_children()]
+    single = getattr(network, names[0])
     together = network.together if len(outputs) == 3 else single.together
     with torch.autocast("cuda", torch.bfloat16):
         found = together(mine) if len(outputs) == 3 else (single(mine),)
     torch.autograd.backward(found, grads)
 
     wanted = []
-    for at, reference in enumerate(exact.values()):
+    for at, name in enumerate(names):
+        reference = getattr(exact, name)
         factors = mask_of(inputs, rows, together.draws_G[at : at + 1], dropout) if dropout else torch.ones(rows, inputs, device="cuda")
         a, b = reference.lora_A["default"].weight, reference.lora_B["default"].weight
         wanted.append(reference.base_layer(theirs) + 2.0 * ((theirs * factors) @ a.T) @ b.T)
@@ -75,9 +79,9 @@ def test_outputs_and_gradients_are_those_of_float32_within_bfloat16(
     assert mine.grad is not None
     assert theirs.grad is not None
     told = {"x": apart(mine.grad, theirs.grad)} | {f"y{at}": apart(*pair) for at, pair in enumerate(zip(found, wanted, strict=True))}
-    for name in network:
+    for name in names:
         for part in ("lora_A", "lora_B"):
-            pair = [getattr(one[name], part)["default"].weight.grad for one in (network, exact)]
+            pair = [getattr(getattr(one, name), part)["default"].weight.grad for one in (network, exact)]
             told[f"{name} {part}"] = apart(*pair)
     assert max(told.values()) < 0.005, told  # a bfloat16 rounding is 0.002 to 0.004
 
@@ -98,6 +102,6 @@ def test_without_gradients_the_layer_is_pefts() -> None:
     network = layer(256, (512,), True, 0.0)
     x = torch.randn(30, 256, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
-        before = network["o_proj"](x)
+        before = network.o_proj(x)
         assert make_fast(network) is not None
-        assert torch.equal(network["o_proj"](x), before)
+        assert torch.equal(network.o_proj(x), before)

@@ -306,7 +306,7 @@ def test_two_visitors_see_and_clear_only_their_own() -> None:
 
 def test_nothing_but_the_page_is_open() -> None:
     own = Path(upload())
-    with live(Scheduler(Speaker(), ("echo",)), page=with_page(report=b"<p>R</p>")) as url:
+    with live(Scheduler(Speaker(), ("echo",)), page=with_page(report={"en": b"<p>R</p>", "zh": "<p>报</p>".encode()})) as url:
         home = httpx.get(url)
         assert home.status_code == 200
         assert "connect-src 'self'" in home.headers["content-security-policy"]
@@ -332,6 +332,8 @@ def test_nothing_but_the_page_is_open() -> None:
             assert httpx.get(f"{url}/shelf/{number}").status_code in (404, 422), number
         report = httpx.get(f"{url}/report")
         assert report.text == "<p>R</p>"
+        assert httpx.get(f"{url}/report", headers={"accept-language": "zh-CN,zh;q=0.9"}).text == "<p>报</p>"
+        assert httpx.get(f"{url}/report", headers={"accept-language": "zh-CN", "cookie": "intervale_lang=en"}).text == "<p>R</p>"
         assert report.headers["content-security-policy"].startswith("sandbox;")
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "echo"
 
@@ -358,7 +360,7 @@ def test_too_many_uploads_together_are_refused(tmp_path: Path, monkeypatch: pyte
 
 def test_the_doors_session_covers_the_page() -> None:
     serving = Serving(DoorRules(read_keys(None, KEY)))
-    with live(Scheduler(Speaker(), ("echo",)), serving, with_page(report=b"r")) as url:
+    with live(Scheduler(Speaker(), ("echo",)), serving, with_page(report={"en": b"r", "zh": b"r"})) as url:
         for path in ("/config", "/report", "/shelf/0", "/theme.css", "/gradio_api/heartbeat/x"):
             assert httpx.get(url + path).status_code == 401, path
         assert httpx.get(url, headers={"accept": "text/html"}).headers["location"] == "/login"

@@ -57,7 +57,9 @@ def opened(chromium: Any) -> Iterator[Any]:
 def slow() -> Iterator[tuple[Scheduler, str]]:
     """A server that says every letter back, a fifth of a second each."""
     desk = Scheduler(Speaker(slow=True), ("echo", "echo-base"))
-    with live(desk, page=lambda app: mount_page(app, Facts(report=b"<h1>the report</h1>"))) as url:
+    with live(
+        desk, page=lambda app: mount_page(app, Facts(report={"en": b"<h1>the report</h1>", "zh": "<h1>报告在此</h1>".encode()}))
+    ) as url:
         yield desk, url
 
 
@@ -167,6 +169,10 @@ def test_two_models_side_by_side_and_the_report(opened: Any, slow: tuple[Schedul
     expect(page.frame_locator("#iv-report iframe").locator("h1")).to_have_text("the report", timeout=WAIT)
     page.click("button[role=tab]:visible >> nth=3")
     expect(page.locator("#iv-about")).to_contain_text("intervale chat echo", timeout=WAIT)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click("#iv-about [data-copy] >> nth=0")
+    expect(page.locator("#iv-about [data-copy] >> nth=0")).to_have_text("copied", timeout=WAIT)
+    assert page.evaluate("navigator.clipboard.readText()").startswith("intervale chat echo -i PICTURE QUESTION --base-url http")
 
 
 def test_the_language_is_the_browsers_and_can_be_switched(opened: Any, slow: tuple[Scheduler, str]) -> None:
@@ -174,6 +180,8 @@ def test_the_language_is_the_browsers_and_can_be_switched(opened: Any, slow: tup
     tabs = page.locator("button[role=tab]:visible")
     expect(tabs.first).to_have_text("对话", timeout=WAIT)
     expect(page.locator("#iv-shelf")).to_contain_text("海鲜", timeout=WAIT)
+    tabs.nth(2).click()
+    expect(page.frame_locator("#iv-report iframe").locator("h1")).to_have_text("报告在此", timeout=WAIT)
     page.click("[data-lang]")
     expect(tabs.first).to_have_text("Chat", timeout=WAIT)
     expect(page.locator("#iv-shelf")).to_contain_text("seafood", timeout=WAIT)

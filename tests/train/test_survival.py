@@ -447,7 +447,7 @@ def test_memory_that_ends_is_told_with_what_to_set(
 
     def accumulate(*values: Any) -> Any:
         calls.append(1)
-        if len(calls) == at:
+        if len(calls) >= at:  # also with less in a pack
             raise error
         return real(*values)
 
@@ -463,6 +463,36 @@ def test_memory_that_ends_is_told_with_what_to_set(
         assert newest is not None
         assert newest.name == "step-00000002"
         assert len([entry for entry in read_metrics(tmp_path / "run") if "loss" in entry]) == 2
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_step_that_found_no_memory_is_made_again_in_smaller_packs_then_recomputed(
+    tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The ladder ends where it fits, says each rung, and the run's losses are those of a run with memory to spare."""
+    path = write_recipe(tmp_path, tiny, plates, epochs=3, save_steps=3)
+    spare = tmp_path / "spare"
+    run(path, "lora.dropout=0", f"out={spare}")
+    real, calls, packs, recomputed = steps.accumulate, [], [], []
+
+    def accumulate(network: Any, batches: Any, compute: Any, targets: int, *more: Any) -> Any:
+        calls.append(1)
+        if at <= len(calls) and not compute.walk.recompute:
+            packs.append(max(len(batch.ids) for batch in batches))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        recomputed.append(compute.walk.recompute)
+        return real(network, batches, compute, targets, *more)
+
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "accumulate", accumulate)
+        recipe = load_recipe(path, TrainRecipe, ["lora.dropout=0"])
+        done = run_loop.train(recipe, "r", resume=False, fresh=False, dry_run=False, tell=said.append)
+    assert done.status == "done"
+    assert packs == [2, 1]
+    assert [text for text in said if "memory ended" in text][-1].endswith("activations recomputed")
+    assert recomputed.count(True) == len(losses(spare)) - at + 1
+    assert losses(tmp_path / "run") == pytest.approx(losses(spare), rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,12 +22,20 @@ def export(
         str, typer.Option(metavar="source|float32|bfloat16|float16", help="source keeps each tensor's stored type.")
     ] = "source",
     best: Annotated[bool, typer.Option("--best", help="Of a run: the checkpoint with the lowest held-out loss, not the last.")] = False,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A report's folder for the model card; may stand several times (default: those of these weights that the run noted)."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Merge what was trained, write it, reload it, and compare logits before saying done."""
+    from intervale.evaluate.model_card import read_report
     from intervale.export.export import export as run
     from intervale.model.load import as_dtype, resolve_model
 
+    reports = [read_report(place) for place in report or []]  # before the work: a wrong name is told at once
     folder = resolve_model(source)
     if best:
         from intervale.train.best import best_checkpoint
@@ -35,6 +43,7 @@ def export(
         folder = best_checkpoint(folder)
         note(say(f"the best checkpoint is {folder.name}", f"最好的检查点是 {folder.name}"))
     proof = run(folder, dst, to, dtype=None if dtype == "source" else as_dtype(dtype), tell=note)
+    _card(folder, dst, reports)
     if as_json:
         emit_json({"folder": str(dst), "format": to, **asdict(proof)})
         return
@@ -47,3 +56,12 @@ def export(
             f"与适配器模型最大差 {proof.rounding_difference:.2g}（最大 logit {proof.largest_logit:.3g}），最可能 token 一致率 {proof.same_top_token:.1%}",
         )
     )
+
+
+def _card(source: Path, dst: Path, reports: list[dict[str, Any]]) -> None:
+    """README.md from the reports that were named, else from those the run noted; none without any."""
+    from intervale.evaluate.model_card import reports_of, write_card
+
+    if reports := reports or reports_of(source, dst):
+        card = write_card(dst, reports)
+        note(say(f"model card: {card}, from {len(reports)} report(s)", f"模型卡：{card}，来自 {len(reports)} 份报告"))

@@ -66,7 +66,7 @@ def foodieqa(
     own = embedded(src)
     source = find_source(own or src, task)
     licence = licence_of(source)
-    _tell_terms(licence, str(src))
+    tell_terms(licence, str(src))
     about = {
         "made_by": _made_by("foodieqa"),
         "source": str(src) if own else str(source),  # where the package lies is no part of what the data are
@@ -116,7 +116,7 @@ def _made_by(command: str) -> str:
     return f"intervale {__version__} prepare {command}"
 
 
-def _tell_terms(licence: dict[str, str], name: str) -> None:
+def tell_terms(licence: dict[str, str], name: str) -> None:
     """The terms of what is read, on stderr."""
     from intervale.data.foodieqa import LICENCE
 

@@ -195,10 +195,12 @@ def _export(out: Path) -> None:
 def _compare(out: Path) -> dict[str, Any]:
     """Write report.html and report.json; what the mark keeps of them."""
     from intervale.evaluate.compare import compare, write_report
+    from intervale.evaluate.model_card import write_card
 
     _step(6, "the report", "报告")
     strict, likelihood = (compare(out / f"before-{mode}", out / f"after-{mode}") for mode in MODES)
     write_report(strict, out, likelihood)
+    write_card(out / "tuned", [strict | {"also": likelihood}])
     kept = ("n", "pairs", "difference", "mcnemar", "scored_on_training_items")
     sides = {
         name: {mode: told[name]["accuracy"] for mode, told in zip(MODES, (strict, likelihood), strict=True)} for name in ("before", "after")

@@ -127,7 +127,8 @@ def _ready(desk: Desk, host: str, port: int, page: bool, shared: bool) -> None:
         )
 
 
-def _read_report(report: Path | None, no_page: bool) -> bytes | None:
+def _read_report(report: Path | None, no_page: bool) -> dict[str, bytes] | None:
+    """The report by language: itself, and the one beside it that `intervale compare` wrote in the other language."""
     from intervale.core.errors import UserError
 
     if report is None:
@@ -135,14 +136,17 @@ def _read_report(report: Path | None, no_page: bool) -> bytes | None:
     if no_page:
         raise UserError("--report with --no-page", "leave one of them out")
     try:
-        return report.read_bytes()
+        own = report.read_bytes()
+        language, other = ("zh", "en") if b'lang="zh' in own[:300] else ("en", "zh")
+        beside = report.with_name(f"{report.stem}.{other}{report.suffix}")
+        return {language: own, other: beside.read_bytes() if beside.is_file() else own}
     except OSError as error:
         raise UserError(f"{report}: the report cannot be read", "give the report.html that `intervale compare` wrote") from error
 
 
-def _page(engine: str, model: str, adapter: str | None, base: str | None, max_tiles: int | None, report: bytes | None) -> Page:
+def _page(engine: str, model: str, adapter: str | None, base: str | None, max_tiles: int | None, report: dict[str, bytes] | None) -> Page:
     """The page, with what it says about this server. Paths are shortened to names: visitors need not know the disk."""
-    from intervale.engine.desks import default_tiles, name_of
+    from intervale.engine.desks import default_tiles, name_of, short_path
     from intervale.model.adapt import checkpoint_of
     from intervale.model.load import load_text_side, resolve_model
     from intervale.serve.ui import mount_page
@@ -153,9 +157,9 @@ def _page(engine: str, model: str, adapter: str | None, base: str | None, max_ti
         run = adapter or (model if checkpoint_of(resolve_model(model)) is not None else None)
     if engine == "local" and max_tiles is None:
         tiles = default_tiles(run or model, None) or load_text_side(run or model).tiling.max_tiles
-    words = ["intervale", "serve", name_of(model)]
+    words = ["intervale", "serve", short_path(model)]
     for option, value in (("--base", base), ("--adapter", adapter)):
-        words += [option, name_of(value)] if value else []
+        words += [option, short_path(value)] if value else []
     words += [] if engine == "local" else ["--engine", engine]
     facts = Facts(engine, name_of(run) if run else "", " ".join(words), tiles, report)
     return lambda app: mount_page(app, facts)

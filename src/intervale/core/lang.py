@@ -7,6 +7,8 @@ translation is never far from its original.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _chosen: str | None = None
 
@@ -26,6 +28,17 @@ def language() -> str:
         if value:
             return "zh" if value.lower().startswith("zh") else "en"
     return "en"
+
+
+@contextmanager
+def in_language(code: str) -> Iterator[None]:
+    """For as long as the block runs, 'en' or 'zh'. Of the whole process, so not for several threads."""
+    global _chosen
+    before, _chosen = _chosen, code
+    try:
+        yield
+    finally:
+        _chosen = before
 
 
 def say(en: str, zh: str) -> str:

@@ -211,7 +211,8 @@ def _files(spec: str) -> list[Path]:
     return found
 
 
-def _small(files: Sequence[Path]) -> bool:
+def reads_whole(files: Sequence[Path]) -> bool:
+    """Are these read as a whole when nobody says otherwise: one JSONL file of at most READ_AT_MOST bytes?"""
     return (
         len(files) == 1
         and files[0].suffix not in (".tar", ".parquet")
@@ -225,7 +226,7 @@ def open_corpus(specs: Sequence[SourceSpec], index: str, tell: Callable[[str], N
     sources = []
     for spec in specs:
         files = _files(spec.path)
-        whole = index == "off" or (index == "auto" and _small(files))
+        whole = index == "off" or (index == "auto" and reads_whole(files))
         if whole and any(file.suffix in (".tar", ".parquet") for file in files):
             raise UserError(f"{spec.path}: an archive is read through its index", "set data.index to auto")
         if whole:

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from intervale.engine.api import RefusedError, Sampling
-from intervale.model.forward import embed, normalise, picture_features
+from intervale.model.forward import embed, normalise, picture_features, tower_features
 from intervale.model.load import Model
 
 _TILES_AT_ONCE = 8  # a tower pass over 8 tiles of 448 pixels keeps about 0.3 GiB alive in float32
@@ -40,9 +40,31 @@ def encode_tiles(model: Model, tiles_PHWC: np.ndarray) -> torch.Tensor:
     return torch.cat(parts)
 
 
+@torch.inference_mode()
+def tower_tiles(model: Model, tiles_PHWC: np.ndarray) -> torch.Tensor:
+    """(tiles, tokens a tile, tower width x shuffle): what `projected` makes `encode_tiles` of, bit by bit."""
+    chunks = torch.tensor(tiles_PHWC).split(_TILES_AT_ONCE)
+    return torch.cat([tower_features(model.network, normalise(chunk.to(model.device), model.network.dtype)) for chunk in chunks])
+
+
+@torch.inference_mode()
+def projected(model: Model, tower: torch.Tensor) -> torch.Tensor:
+    """The features that the language model sees, of the tower's."""
+    return torch.cat([model.network.model.multi_modal_projector(part) for part in tower.split(_TILES_AT_ONCE)])
+
+
 def context_of(model: Model) -> int:
     """How many tokens a prompt and its answer may have together."""
     return int(model.network.config.text_config.max_position_embeddings)
+
+
+def rotary_turn(model: Model) -> int | None:
+    """The length beyond which a pass computes its rotary embedding with other frequencies (Phi3's longrope), or None: there is none.
+
+    Keys of a pass up to it and keys of a pass beyond it do not go together. (InternLM2's dynamic one turns at the end of the context.)
+    """
+    rope = getattr(model.network.config.text_config, "rope_parameters", None) or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
 
 
 def refuse_long(model: Model, tokens: int) -> None:

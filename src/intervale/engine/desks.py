@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from intervale.core.errors import UserError
@@ -11,6 +12,9 @@ from intervale.model.adapt import checkpoint_of
 from intervale.model.load import as_device, load_model, load_text_side, resolve_model
 from intervale.model.pair import load_pair
 
+_NO_NAME = re.compile(
+    r"run|runs|out|output|model|checkpoints|step-\d+|best|last"
+)  # what a folder is called that says what it is, not whose
 CPU_TILES = 4  # a 448-pixel tile takes about 4 s on two cores
 
 
@@ -22,9 +26,18 @@ def default_tiles(model: str, device: str | None) -> int | None:
     return CPU_TILES if tiling.tile_size >= 448 and tiling.max_tiles > CPU_TILES else None
 
 
+def short_path(model: str) -> str:
+    """The end of a path that says which model it is: 'tuned', or 'quickstart/run' where the last part is everybody's; of a hub id its name."""
+    if not Path(model).exists():
+        return model.rstrip("/").rpartition("/")[2]
+    parts = Path(model).expanduser().resolve().parts[1:]
+    start = next((at for at in range(len(parts) - 1, -1, -1) if not _NO_NAME.fullmatch(parts[at])), len(parts) - 1)
+    return "/".join(parts[start:])
+
+
 def name_of(model: str) -> str:
-    """What an API calls a model: the last part of its path or hub id."""
-    return Path(model).expanduser().resolve().name if Path(model).exists() else model.rstrip("/").rpartition("/")[2]
+    """What an API calls a model: the first part of its short path."""
+    return short_path(model).partition("/")[0]
 
 
 def two_names(first: str, second: str) -> tuple[str, str]:

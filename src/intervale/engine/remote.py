@@ -11,9 +11,11 @@ import asyncio
 import contextlib
 import io
 import random
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -31,11 +33,22 @@ _LAST_WORD = 0.2  # seconds for the end of an answer after its last event
 
 
 @dataclass(eq=False)
-class _RetryError(Exception):
+class RetryError(Exception):
     """Not now; `after` seconds if the server said so, and what to tell when it stays that way."""
 
     told: EngineError
     after: float | None = None
+
+
+def web_address(base_url: str) -> str:
+    """The address of a server, without a slash at its end. Raises: UserError when it is none."""
+    try:
+        url = httpx.URL(base_url)
+    except Exception:
+        url = httpx.URL("")
+    if url.scheme not in ("http", "https") or not url.host:
+        raise UserError(f"--base-url {base_url!r} is not a web address", "give it like http://127.0.0.1:23333/v1")
+    return str(url).rstrip("/")
 
 
 class RemoteEngine:
@@ -53,13 +66,7 @@ class RemoteEngine:
         seconds: float = 300.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        try:
-            url = httpx.URL(base_url)
-        except Exception:
-            url = httpx.URL("")
-        if url.scheme not in ("http", "https") or not url.host:
-            raise UserError(f"--base-url {base_url!r} is not a web address", "give it like http://127.0.0.1:23333/v1")
-        self.url, self.models = str(url).rstrip("/"), models
+        self.url, self.models = web_address(base_url), models
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._room, self._retries, self._pause = room, retries, pause
         self._timeout = httpx.Timeout(seconds, connect=10.0)
@@ -117,7 +124,7 @@ class RemoteEngine:
                         async for piece in pieces:
                             yield piece
                     return
-                except _RetryError as again:
+                except RetryError as again:
                     self._fault = again.told.what if again.told.code == "engine_unavailable" else ""
                     if attempt == self._retries:
                         raise again.told from again
@@ -127,13 +134,13 @@ class RemoteEngine:
             self._active -= 1
 
     async def _attempt(self, body: bytes) -> AsyncGenerator[Delta, None]:
-        """One try. Raises: _RetryError while nothing has been said."""
+        """One try. Raises: RetryError while nothing has been said."""
         begun = False
         headers = {**self._headers, "Content-Type": "application/json", "Accept": "text/event-stream"}
         try:
             async with self._http().stream("POST", f"{self.url}/chat/completions", content=body, headers=headers) as got:
                 if got.status_code != 200:
-                    raise await _refusal(got)
+                    raise await refusal(got)
                 self._fault = ""
                 async with aclosing(_pieces(got)) as pieces:
                     async for piece in pieces:
@@ -146,7 +153,7 @@ class RemoteEngine:
             what = (
                 "the engine's server cannot be reached" if isinstance(error, httpx.ConnectError) else "the engine's server does not answer"
             )
-            raise _RetryError(EngineError(what, f"is it running at {self.url}?", "engine_unavailable", 5)) from error
+            raise RetryError(EngineError(what, f"is it running at {self.url}?", "engine_unavailable", 5)) from error
 
     def _http(self) -> httpx.AsyncClient:
         """One client an event loop: its connections are kept, and belong to the loop."""
@@ -164,19 +171,22 @@ class RemoteEngine:
 
 
 def _body(request: Request, model: str) -> bytes:
-    """The request as OpenAI's JSON."""
+    """The request as OpenAI's JSON, to be answered as a stream."""
+    return to_json(request_json(request, model) | {"stream": True, "stream_options": {"include_usage": True}})
+
+
+def request_json(request: Request, model: str) -> dict[str, Any]:
+    """The request as OpenAI's JSON object, without a word on how the answer is to come."""
     sampling = request.sampling
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": turn.role, "content": _content(turn)} for turn in request.turns],
-        "stream": True,
-        "stream_options": {"include_usage": True},
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
     }
     optional = {"top_k": sampling.top_k or None, "seed": sampling.seed, "stop": list(sampling.stop) or None}
-    return to_json(body | {name: value for name, value in optional.items() if value is not None})
+    return body | {name: value for name, value in optional.items() if value is not None}
 
 
 def _content(turn: ChatTurn) -> str | list[dict[str, Any]]:
@@ -206,7 +216,7 @@ def _data_url(picture: Image.Image | Photo) -> str:
     return f"data:image/png;base64,{pybase64.b64encode_as_string(out.getvalue())}"
 
 
-async def _refusal(got: httpx.Response) -> Exception:
+async def refusal(got: httpx.Response) -> Exception:
     """What an answer that is not 200 means."""
     raw = bytearray()
     async for part in got.aiter_bytes():
@@ -226,13 +236,25 @@ async def _refusal(got: httpx.Response) -> Exception:
         busy = status == 429
         what = "the engine's server is busy" if busy else f"the engine's server is not ready ({status})"
         told = EngineError(what, f"try again in a few seconds; it said: {said}", "busy" if busy else "engine_unavailable", 5)
-        return _RetryError(told, float(after) if after.isdigit() else None)
+        return RetryError(told, _seconds(after))
     if status in (400, 413, 422):
         known = code if code in ("context_length_exceeded", "invalid_image") else "upstream_refused"
         return UpstreamRefusedError(f"the engine's server refused the request ({status})", f"it said: {said}", known)
     return EngineError(
         f"the engine's server answered {status}", f"check --base-url, the model's name and the key; it said: {said}", "upstream_failed"
     )
+
+
+def _seconds(after: str) -> float | None:
+    """A Retry-After header: seconds, or a date. None when it says nothing."""
+    try:
+        return max(0.0, float(after))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
 
 
 async def _pieces(got: httpx.Response) -> AsyncGenerator[Delta, None]:

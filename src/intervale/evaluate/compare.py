@@ -1,7 +1,7 @@
 """Two evaluations of the same items, paired: what was fixed, what broke, and whether chance explains it. No torch here.
 
-Promises: items are joined by id and must be the same in question, choices and answer; the protocols must be the same; anything
-else is refused with a list of what differs. Cost: reading two folders; for the page, decoding the pictures it shows.
+Promises: items are joined by id and must be the same in question, choices, answer and the content of their pictures; the protocols must
+be the same; anything else is refused with a list of what differs. Cost: reading two folders, two bootstraps; for the page, decoding the pictures it shows.
 """
 
 from __future__ import annotations
@@ -13,36 +13,29 @@ from typing import Any
 
 from intervale.core.errors import UserError
 from intervale.core.files import write_atomic, write_json
-from intervale.core.runlog import differences
+from intervale.core.lang import in_language, language
+from intervale.evaluate.calibration import calibration
 from intervale.evaluate.folder import read_evaluation
+from intervale.evaluate.free import GRADED
+from intervale.evaluate.groups import by_tag
+from intervale.evaluate.model_card import note_report
+from intervale.evaluate.others import refuse_different, standings
+from intervale.evaluate.published import beside
 from intervale.evaluate.report import report_html
-from intervale.evaluate.statistics import Pairs, mcnemar, paired_difference
+from intervale.evaluate.statistics import (
+    BOOTSTRAP_SEED,
+    RESAMPLES,
+    Pairs,
+    bootstrap_difference,
+    detectable,
+    mcnemar,
+    paired_difference,
+)
 from intervale.evaluate.training_card import training_card
 
 REPORT_HTML, REPORT_JSON = "report.html", "report.json"
-_SHOWN = 5
-_SAME = ("question", "choices", "answer")
+KIND = "intervale comparison"
 Line = dict[str, Any]
-
-
-def _refuse_different(before: Path, after: Path, protocols: tuple[Any, Any], lines: tuple[Sequence[Line], Sequence[Line]]) -> None:
-    faults = [f"protocol.{told}" for told in differences(*protocols)]
-    olds, news = ({line["id"]: line for line in side} for side in lines)
-    for folder, own, other in ((before, olds, news), (after, news, olds)):
-        if alone := [name for name in own if name not in other]:
-            more = ", ..." if len(alone) > _SHOWN else ""
-            faults.append(f"{len(alone)} items are only in {folder}: {', '.join(map(repr, alone[:_SHOWN]))}{more}")
-    changed = [
-        (name, told) for name in olds if name in news for key in _SAME for told in differences(olds[name][key], news[name][key], key)
-    ]
-    faults += [f"item {name!r}: {told}" for name, told in changed[:_SHOWN]]
-    if len(changed) > _SHOWN:
-        faults.append(f"... and {len(changed) - _SHOWN} more differences between items")
-    if faults:
-        raise UserError(
-            f"{before} and {after} cannot be compared; what differs:\n       " + "\n       ".join(faults),
-            "evaluate both models on the same data with the same --prompt, --mode, --max-new-tokens and --max-tiles",
-        )
 
 
 @dataclass(frozen=True)
@@ -92,60 +85,99 @@ def _item(old: Line, new: Line) -> dict[str, Any]:
         "question": old["question"],
         "images": _images(new, old),
         "choices": old["choices"],
-        "right": old["choices"][old["answer"]],
+        "right": old["choices"][old["answer"]] if old["choices"] else old["reference"],
         "before": said(old),
         "after": said(new),
         "before_choice": _choice(old),
         "after_choice": _choice(new),
         "tags": old["tags"],
-    }
+    } | ({"f1": [old["f1"], new["f1"]]} if not old["choices"] else {})
 
 
 def _side(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    keys = ("n", "correct", "accuracy", "interval", "unparsed", "ties", "tags", "model", "data", "versions")
+    keys = ("n", "correct", "accuracy", "interval", "unparsed", "ties", "empty", "cut_off", "accuracies", "means", "tags", "model", "data",
+            "hashes", "seeds", "seen", "versions")  # fmt: skip
     seen = {key: summary[key] for key in ("scored_on_training_items", "scored_on_training_items_reason")}
     return {"folder": str(folder.resolve()), **{key: summary[key] for key in keys if key in summary}, **seen}
 
 
-def _tags(old: dict[str, Any], new: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    # Tags are labels, not part of an item's identity: a value that only one side has is left to summary.json.
+def _groups(old: Sequence[Line]) -> list[str]:
+    """What each item shares its chance with: its pictures, by content where that is on file; without pictures, nothing."""
+    return [" ".join(line.get("pictures") or _images(line)) or f"alone {line['id']}" for line in old]
+
+
+def _difference(pairs: Pairs, old: Sequence[Line], new: Sequence[Line]) -> dict[str, Any]:
+    value, low, high = paired_difference(pairs)
+    groups = _groups(old)
+    ends = bootstrap_difference([bool(line["correct"]) for line in old], [bool(line["correct"]) for line in new], groups)
+    drawn = {"interval": list(ends) if ends else None, "groups": len(set(groups)), "seed": BOOTSTRAP_SEED, "resamples": RESAMPLES}
     return {
-        tag: {value: {"before": score, "after": new[tag][value]} for value, score in values.items() if value in new[tag]}
-        for tag, values in old.items()
-        if tag in new
+        "value": value,
+        "interval": [low, high],
+        "method": "Newcombe 1998, paired, method 10; 95%",
+        "bootstrap": {**drawn, "method": "paired, whole pictures drawn, percentile; 95%"},
     }
 
 
-def compare(before: Path, after: Path) -> dict[str, Any]:
-    """The comparison as plain values, the content of report.json.
+def _graded(old: Sequence[Line], new: Sequence[Line]) -> dict[str, Any] | None:
+    """The mean of each graded measure of open answers, before and after; None for questions with choices."""
+    if not old or old[0]["choices"]:
+        return None
+    found = {}
+    for name in GRADED:
+        one, two = [line[name] for line in old], [line[name] for line in new]
+        ends = bootstrap_difference(one, two, _groups(old))
+        means = sum(one) / len(one), sum(two) / len(two)
+        found[name] = {"before": means[0], "after": means[1], "difference": means[1] - means[0], "interval": list(ends) if ends else None}
+    return found
+
+
+def _calibrations(old: Sequence[Line], new: Sequence[Line]) -> dict[str, Any] | None:
+    before, after = calibration(old), calibration(new)
+    return {"before": before, "after": after} if before and after else None
+
+
+def compare(before: Path, after: Path, others: Sequence[Path] = ()) -> dict[str, Any]:
+    """The comparison as plain values, the content of report.json; `others` are more evaluations of the same items, to stand beside.
 
     Raises: UserError when one is no finished evaluation, or they are not of the same items under the same protocol.
     """
     (old, old_lines), (new, new_lines) = read_evaluation(before), read_evaluation(after)
-    _refuse_different(before, after, (old["protocol"], new["protocol"]), (old_lines, new_lines))
+    refuse_different(before, after, (old["protocol"], new["protocol"]), (old_lines, new_lines))
     paired = pair(old_lines, new_lines)
+    by_id = {line["id"]: line for line in new_lines}
+    new_lines = [by_id[line["id"]] for line in old_lines]
     pairs = paired.counts()
-    difference, low, high = paired_difference(pairs)
     sides = {"before": _side(before, old), "after": _side(after, new)}
     flags = [side["scored_on_training_items"] for side in sides.values()]
+    tags, family = by_tag(old_lines, new_lines)
+    changed = (pairs.fixed + pairs.broken) / pairs.n
     return {
-        "kind": "intervale comparison",
+        "kind": KIND,
         "n": pairs.n,
         "pairs": {"both_right": pairs.both_right, "fixed": pairs.fixed, "broken": pairs.broken, "both_wrong": pairs.both_wrong},
-        "difference": {"value": difference, "interval": [low, high], "method": "Newcombe 1998, paired, method 10; 95%"},
+        "difference": _difference(pairs, old_lines, new_lines),
         "mcnemar": {"p": mcnemar(pairs.fixed, pairs.broken), "method": "exact binomial, two-sided"},
+        "power": {"changed": changed, "detectable": detectable(pairs.n, changed), "power": 0.8, "alpha": 0.05},
         "scored_on_training_items": True if True in flags else None if None in flags else False,
+        "pictures_compared": all("pictures" in line for line in old_lines),
         "protocol": old["protocol"],
         "chance": old["chance"],
         **sides,
-        "tags": _tags(old["tags"], new["tags"]),
+        "tags": tags,
+        "holm": family,
+        "graded": _graded(old_lines, new_lines),
+        "calibration": _calibrations(old_lines, new_lines),
+        "others": standings(others, (after, new, new_lines)),
+        "published": beside(new, new_lines),
         "training": training_card(new.get("model") or {}),
         **{name: [_item(*both) for both in getattr(paired, name)] for name in ("fixed", "broken", "both_wrong", "both_right")},
     }
 
 
 def write_report(found: dict[str, Any], out: Path, extra: dict[str, Any] | None = None) -> None:
-    """DIR/report.json and DIR/report.html, each complete or absent; an earlier report is replaced.
+    """DIR/report.json and DIR/report.html, each complete or absent; an earlier report is replaced. The page is also there in the other
+    language (`report.zh.html` or `report.en.html`): a server's page shows its visitors theirs.
 
     `extra` is another comparison of the same two models (say, by likelihood): a row under the headline, "also" in report.json.
     Raises: UserError when `out` is a file or cannot be written.
@@ -156,7 +188,11 @@ def write_report(found: dict[str, Any], out: Path, extra: dict[str, Any] | None 
         one, other = (_weights(told[side]["model"]) for told in (found, extra or {}))
         assert one == other, f"`extra` compares other models ({side}: {other}, not {one})"
     write_json(out / REPORT_JSON, found if extra is None else found | {"also": extra})
+    note_report(found, out / REPORT_JSON)
     write_atomic(out / REPORT_HTML, report_html(found, extra))
+    second = "en" if language() == "zh" else "zh"
+    with in_language(second):
+        write_atomic(out / f"report.{second}.html", report_html(found, extra))
 
 
 def _weights(model: dict[str, Any]) -> tuple[Any, Any]:

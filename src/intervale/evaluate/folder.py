@@ -109,10 +109,10 @@ def positions(indices: Sequence[int | None], most: int) -> dict[str, int]:
 
 
 def telling_tags(tags: dict[str, dict[str, Any]], n: int, most: int = 24) -> list[str]:
-    """The tags worth a table: at most `most` values, and three items a value on average (a dish name tells nothing)."""
-    return [tag for tag, values in tags.items() if len(values) <= most and n >= 3 * len(values)]
+    """The tags worth a table: at most `most` values, and six items a value on average: five can show no difference (p is 0.06 at best)."""
+    return [tag for tag, values in tags.items() if len(values) <= most and n >= 6 * len(values)]
 
 
 def sees_choices(protocol: dict[str, Any]) -> bool:
     """Is the answer one of the choices by the way of asking? Only then is guessing right one time in so many."""
-    return protocol["prompt"] == "mcq" or protocol["mode"] == "likelihood"
+    return protocol["prompt"] != "open" or protocol["mode"] == "likelihood"

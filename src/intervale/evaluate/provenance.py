@@ -1,25 +1,25 @@
 """Which model was scored, and whether it has seen the items before. Reads small JSON files and headers; no weights.
 
 A score on training items shows that the training worked, not that the model is good, so every summary and report says which
-one it is: true, false, or null when nothing tells. Cost: milliseconds; where the training file is at hand, a hash of the
-pictures that could be the same (equal size in bytes).
+one it is: true, false, or null when nothing tells. Cost: milliseconds; where the training file is at hand, `contamination`.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from intervale.core.errors import UserError
-from intervale.core.files import inside, read_json, sha256_file
-from intervale.core.lang import say
-from intervale.core.records import Record, data_digest
-from intervale.data.corpus import Corpus, SourceSpec, open_corpus
-from intervale.model.adapt import ADAPTER, BASE, TRAINED, base_folder, checkpoint_of
-from intervale.model.source import add_ends, fingerprint
+from intervale.core.files import read_json
+from intervale.core.records import Record, data_digest, read_records
+from intervale.data.corpus import reads_whole
+from intervale.evaluate.contamination import contamination
+from intervale.evaluate.seen import in_words
+from intervale.model.adapt import BASE, base_folder, checkpoint_fingerprint, checkpoint_of
+from intervale.model.source import fingerprint
 
+Tell = Callable[[str], None]
 _CARD, _EXPORTED, _RUN = "dataset.json", "intervale.json", "run.json"
 
 
@@ -29,17 +29,10 @@ def model_identity(folder: Path) -> dict[str, Any]:
     The fingerprints look at sizes and at the ends of the weight files, as `model.source.fingerprint` does.
     """
     checkpoint = checkpoint_of(folder)
-    own = None
-    if checkpoint is not None:
-        digest = hashlib.sha256()
-        for name in (ADAPTER, TRAINED, "adapter_config.json"):
-            if (checkpoint / name).is_file():
-                add_ends(checkpoint / name, digest)
-        own = digest.hexdigest()[:16]
     return {
         "fingerprint": fingerprint(base_folder(folder)),
         "checkpoint": checkpoint.name if checkpoint else None,
-        "checkpoint_fingerprint": own,
+        "checkpoint_fingerprint": checkpoint_fingerprint(checkpoint) if checkpoint else None,
     }
 
 
@@ -69,89 +62,110 @@ def _trainings(folder: Path) -> Iterator[dict[str, Any]]:
             told.append(entry.get("before"))
 
 
-def _pictures(record: Record, wanted: dict[int, list[Path]]) -> tuple[str, ...] | None:
-    """Digests of a record's pictures; None when one of them has a size that no other has, or cannot be read."""
-    names = []
-    for image in record.images:
-        try:
-            path = inside(record.root, image, record.where)
-            size = path.stat().st_size
-        except (UserError, OSError):
-            return None
-        if size not in wanted:
-            return None
-        names.append(sha256_file(path))
-    return tuple(names)
-
-
-def shared_items(records: Sequence[Record], training: Sequence[Record]) -> int:
-    """How many of `records` stand in `training` too: the same question about pictures with the same bytes."""
-
-    def sizes(items: Sequence[Record]) -> dict[int, list[Path]]:
-        found: dict[int, list[Path]] = {}
-        for record in items:
-            for image in record.images:
-                path = record.root / image
-                if path.is_file():
-                    found.setdefault(path.stat().st_size, []).append(path)
-        return found
-
-    asked = {record.question() for record in records}
-    alike = [record for record in training if record.question() in asked]
-    here, there = sizes(records), sizes(alike)
-    seen = set()
-    for record in alike:
-        if (names := _pictures(record, here)) is not None:
-            seen.add((record.question(), names))
-    return sum((record.question(), _pictures(record, there)) in seen for record in records)
-
-
-def _told_by_card(data: Path) -> str | None:
-    """Why dataset.json next to DATA makes any score on it a score on training items; None when it does not."""
+def _told_by_card(data: Path) -> bool:
+    """Does dataset.json next to DATA make any score on it a score on training items?"""
     if not (data.parent / _CARD).is_file():
-        return None
+        return False
     card = read_json(data.parent / _CARD)
     if not isinstance(card, dict) or not (card.get("all") or card.get("scored_on_training_items")):
-        return None
+        return False
     files = card.get("files")
-    if isinstance(files, dict) and files and data.name not in files:
-        return None
-    return say(
-        "nothing was held out of this data set (dataset.json: prepared with --all)", "该数据集没有留出评测集（dataset.json：用 --all 准备）"
-    )
+    return not (isinstance(files, dict) and files and data.name not in files)
 
 
-def _training_items(file: Path) -> Corpus | None:
-    """The items of a run's training file, a large one or an archive by its index; None where it is not there, or no longer right."""
+def seen_in_training(folder: Path, data: Path, records: Sequence[Record], tell: Tell = lambda _: None) -> dict[str, Any]:
+    """Whether a model folder has been trained on the items it is scored on, as plain values; `seen.in_words` says them.
+
+    {verdict: true, false or null when unknown; code: card, digest, items, none, gone or unknown; files: what was compared}. A file is
+    {file, digest, items, compared} and, where it was compared, the counts of `contamination`. The first finding does not end the
+    search: every training file that is still there is compared, but for one whose digest is the data's own.
+    """
+    trainings = list(_trainings(folder))
+    card, digest = _told_by_card(data), data_digest(records)
+    files = [_compared(train, digest, records, tell) for train in trainings]
+    if card:
+        return {"verdict": True, "code": "card", "files": files}
+    if any(file["digest"] == digest for file in files):
+        return {"verdict": True, "code": "digest", "files": files}
+    if any(file.get("exact", 0) + file.get("near", 0) for file in files):
+        return {"verdict": True, "code": "items", "files": files}
+    if all(file["compared"] for file in files) and files:
+        return {"verdict": False, "code": "none", "files": files}
+    return {"verdict": None, "code": "gone" if files else "unknown", "files": files}
+
+
+def _compared(train: dict[str, Any], digest: str, records: Sequence[Record], tell: Tell) -> dict[str, Any]:
+    told = {"file": train.get("file"), "digest": train["digest"], "items": train.get("items"), "compared": False}
+    if train["digest"] == digest:
+        return told
+    file = Path(train.get("file") or "")
     try:
-        return open_corpus([SourceSpec(str(file))], "auto", lambda text: None) if file.is_file() else None
+        training = read_records(file) if reads_whole([file]) and file.is_file() else []  # millions of items, or an archive: not compared
     except UserError:
-        return None
+        training = []
+    if not training or data_digest(training) != train["digest"]:
+        return told
+    found = contamination(records, training, tell)
+    return {**told, **found, "items": len(training), "compared": True}
 
 
 def scored_on_training_items(folder: Path, data: Path, records: Sequence[Record]) -> tuple[bool | None, str]:
-    """(true, false or null when unknown; the reason in words) for a model folder and the items it is scored on."""
-    if why := _told_by_card(data):
-        return True, why
-    trainings = list(_trainings(folder))
-    if not trainings:
-        return None, say("the model's folder does not say what it was trained on", "模型目录没有说明它用什么数据训练过")
-    checked = 0
-    for train in trainings:
-        if train["digest"] == data_digest(records):
-            return True, say("these are the items the model was trained on (same digest)", "这些就是该模型的训练数据（摘要相同）")
-        file = Path(train.get("file") or "")
-        training = _training_items(file)
-        if training is None or training.digest != train["digest"]:
-            continue
-        checked += 1
-        if shared := shared_items(records, training):
-            return True, say(
-                f"{shared} of {len(records)} items are training items ({file})", f"{len(records)} 条中有 {shared} 条是训练数据（{file}）"
-            )
-    if checked < len(trainings):
-        return None, say("other data than the model's training file, which is not there (or changed) to compare item by item",
-                         "与模型的训练文件不同，但该文件已不在（或已改变），无法逐条比较")  # fmt: skip
-    return False, say(
-        "no item is one of the model's training items (question and pictures compared)", "没有一条是该模型的训练数据（比较了问题和图片）"
-    )
+    """(true, false or null when unknown; the reason in the user's language) for a model folder and the items it is scored on."""
+    told = seen_in_training(folder, data, records)
+    return told["verdict"], in_words(told, len(records))
+
+
+def hashes(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """{base, adapter, merged, data, pictures}: fingerprints of the weights a score is of, and digests of what it was scored on.
+
+    A run or checkpoint: its base and its own tensors. A folder `export` wrote: what it says it was made from, and itself as merged.
+    Any other model is its own base.
+    """
+    identity = model_identity(folder)
+    base, adapter, merged = identity["fingerprint"], identity["checkpoint_fingerprint"], None
+    if adapter is None and (folder / _EXPORTED).is_file():
+        card = read_json(folder / _EXPORTED)
+        merged = base
+        while isinstance(card, dict):
+            base, adapter = (card.get("base") or {}).get("fingerprint"), adapter or card.get("checkpoint_fingerprint")
+            card = card.get("before")
+    return {"base": base, "adapter": adapter, "merged": merged, "data": data["digest"], "pictures": data.get("pictures")}
+
+
+def about(folder: Path | None, data: Path, records: Sequence[Record], facts: dict[str, Any], tell: Tell = lambda _: None) -> dict[str, Any]:
+    """What every summary says of where its score comes from: {hashes, seeds, scored_on_training_items (and its reason), seen}.
+
+    `folder`: the model's; None for one behind an address, of which nothing is known. `facts`: the data's {digest, pictures}.
+    """
+    if folder is None:
+        own = {"base": None, "adapter": None, "merged": None, "data": facts["digest"], "pictures": facts.get("pictures")}
+        seen: dict[str, Any] = {
+            "verdict": True if _told_by_card(data) else None,
+            "code": "card" if _told_by_card(data) else "endpoint",
+            "files": [],
+        }
+    else:
+        own, seen = hashes(folder, facts), seen_in_training(folder, data, records, tell)
+    return {
+        "hashes": own,
+        "seeds": {"training": training_seed(folder) if folder else None, "evaluation": None},  # greedy: nothing is drawn at random
+        "scored_on_training_items": seen["verdict"],
+        "scored_on_training_items_reason": in_words(seen, len(records)),
+        "seen": seen,
+    }
+
+
+def training_seed(folder: Path) -> int | None:
+    """The seed of the run that made a run's, checkpoint's or exported folder's weights; None when none is on file."""
+    checkpoint = checkpoint_of(folder)
+    try:
+        if checkpoint is not None:
+            told = read_json(checkpoint / "state.json")["identity"]
+        else:
+            told = read_json(folder / _EXPORTED) if (folder / _EXPORTED).is_file() else {}
+        while isinstance(told.get("before"), dict) and "recipe" not in told:
+            told = told["before"]
+        seed = told["recipe"]["train"]["seed"]
+    except (UserError, KeyError, TypeError, AttributeError):
+        return None
+    return seed if isinstance(seed, int) else None

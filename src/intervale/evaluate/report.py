@@ -10,10 +10,17 @@ from html import escape
 from typing import Any
 
 from intervale.core.lang import language, say
-from intervale.evaluate.folder import sees_choices, telling_tags
+from intervale.evaluate.folder import sees_choices
+from intervale.evaluate.labels import is_open, mode_name, prompt_name
+from intervale.evaluate.report_calibration import calibration_html
+from intervale.evaluate.report_facts import facts_html
 from intervale.evaluate.report_gallery import gallery_html
+from intervale.evaluate.report_groups import bars, graded_html, groups_html
+from intervale.evaluate.report_others import others_html
+from intervale.evaluate.report_published import published_html
 from intervale.evaluate.report_style import STYLE
 from intervale.evaluate.report_training import training_html
+from intervale.evaluate.seen import reason_of
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -66,8 +73,19 @@ def in_words(found: dict[str, Any]) -> str:
             f"若两个模型同样好，偶然出现如此悬殊比例{_odds(p)}：第二个模型在这些题目上{'更好' if better else '更差'}。",
         )
     return told + say(
-        "Chance alone could give such a split; this does not show which model is better. More items would.",
-        "偶然也可能造成这样的比例；这不能说明哪个模型更好，需要更多题目。",
+        "Chance alone could give such a split; this does not show which model is better.",
+        "偶然也可能造成这样的比例；这不能说明哪个模型更好。",
+    ) + _power(found)  # fmt: skip
+
+
+def _power(found: dict[str, Any]) -> str:
+    """What these items could have shown at all."""
+    n, least = found["n"], found["power"]["detectable"]
+    if least is None:
+        return say(f" {n} items are too few to show any difference.", f"{n} 道题太少，任何差异都看不出来。")
+    return say(
+        f" {n} items of which {percent(found['power']['changed'])} changed show a difference of {points(least).removeprefix('+')} four times in five; a smaller one needs more items.",
+        f"{n} 道题、其中 {percent(found['power']['changed'])} 有变化时，{points(least).removeprefix('+')}的差异五次中能看出四次；更小的差异需要更多题目。",
     )
 
 
@@ -82,28 +100,6 @@ def _unbroken(text: str) -> str:
     return _e(text)
 
 
-def _bar(top: float, height: float, score: dict[str, Any], colour: str) -> str:
-    """A bar and its interval in a box 100 wide. Strokes keep their width whatever the box is stretched to."""
-    low, high = (100 * end for end in score["interval"])
-    middle = top + height / 2
-    whisker = f'<path d="M{low:.2f} {middle}H{high:.2f}M{low:.2f} {middle - 2}v4M{high:.2f} {middle - 2}v4" stroke="#1b2430" stroke-opacity=".75" fill="none" vector-effect="non-scaling-stroke"/>'
-    return f'<rect x="0" y="{top}" width="{100 * score["accuracy"]:.2f}" height="{height}" rx=".4" fill="{colour}"/>{whisker}'
-
-
-def _bars(before: dict[str, Any], after: dict[str, Any], chance: float | None = None, style: str = "") -> str:
-    line = ""
-    if chance is not None:
-        line = f'<path d="M{100 * chance:.2f} 0V24" stroke="#5d6b7c" stroke-dasharray="3 3" vector-effect="non-scaling-stroke"/>'
-    label = say(
-        f"before {percent(before['accuracy'])}, after {percent(after['accuracy'])}",
-        f"之前 {percent(before['accuracy'])}，之后 {percent(after['accuracy'])}",
-    )
-    return (
-        f'<svg class="bars {style}" viewBox="0 0 100 24" preserveAspectRatio="none" role="img" aria-label="{_e(label)}">'
-        f'<rect width="100" height="24" fill="#f4f6f9"/>{_bar(2, 9, before, "#b4bfcd")}{_bar(13, 9, after, "#4aa899")}{line}</svg>'
-    )
-
-
 def _interval(side: dict[str, Any]) -> str:
     low, high = side["interval"]
     return f"{percent(low)} – {percent(high)}"
@@ -111,15 +107,10 @@ def _interval(side: dict[str, Any]) -> str:
 
 def _by(told: dict[str, Any], beside: dict[str, Any]) -> str:
     """How a comparison scored, in words, and where else it differs from the one it stands beside."""
-    mode, prompt = told["protocol"]["mode"], told["protocol"]["prompt"]
-    names = {
-        "likelihood": say("By likelihood", "按似然评分"),
-        "strict": say("By strict answers", "按严格作答评分"),
-        "official": say("By the benchmark's own rule", "按基准官方规则评分"),
-    }
-    more = [say(f"prompt {prompt}", f"提问方式 {prompt}")] if prompt != beside["protocol"]["prompt"] else []
+    mode = mode_name(told["protocol"])
+    more = [prompt_name(told["protocol"]["prompt"])] if told["protocol"]["prompt"] != beside["protocol"]["prompt"] else []
     more += [say(f"{told['n']} items", f"{told['n']} 题")] if told["n"] != beside["n"] else []
-    return names.get(mode, mode) + (say(f" ({', '.join(more)})", f"（{'，'.join(more)}）") if more else "")
+    return say(f"By {mode}", f"按{mode}评分") + (say(f" ({', '.join(more)})", f"（{'，'.join(more)}）") if more else "")
 
 
 def _also(extra: dict[str, Any] | None, found: dict[str, Any]) -> str:
@@ -148,6 +139,7 @@ def _headline(found: dict[str, Any], extra: dict[str, Any] | None) -> str:
         f'<div class="number change"><span class="soft">{say("difference", "差值")}</span><b class="{shade}">{value} <small>{unit}</small></b>'
         f'<span class="soft">{say("95% interval", "95% 区间")}<br>{points(low).partition(" ")[0]} {say("to", "至")} {points(high)}</span></div>'
     )
+    name = say("right answer contained: ", "包含正确答案：") if is_open(found["protocol"]) else ""
     legend = [
         f'<span class="key"></span>{say("before", "之前")}',
         f'<span class="key a"></span>{say("after", "之后")}',
@@ -158,10 +150,24 @@ def _headline(found: dict[str, Any], extra: dict[str, Any] | None) -> str:
         legend.append(say(f"dashed: chance, {percent(chance)}", f"虚线：随机水平 {percent(chance)}"))
     spans = "".join(f"<span>{part}</span>" for part in legend)
     return (
-        f'<section><div class="hero">{number(say("before", "之前"), before)}<div class="arrow">→</div>{number(say("after", "之后"), after)}{change}</div>'
-        f'{_bars(before, after, chance, "wide")}<div class="scale"><span>0%</span><span>50%</span><span>100%</span></div>'
-        f'<div class="legend soft">{spans}</div><p class="words">{_unbroken(in_words(found))}</p>{_also(extra, found)}</section>'
+        f'<section><div class="hero">{number(name + say("before", "之前"), before)}<div class="arrow">→</div>{number(name + say("after", "之后"), after)}{change}</div>'
+        f'{bars(before, after, chance, "wide")}<div class="scale"><span>0%</span><span>50%</span><span>100%</span></div>'
+        f'<div class="legend soft">{spans}</div><p class="words">{_unbroken(in_words(found))}</p>{_clusters(found)}{_also(extra, found)}</section>'
     )
+
+
+def _clusters(found: dict[str, Any]) -> str:
+    """The interval that draws whole pictures, where several questions share one."""
+    drawn = found["difference"]["bootstrap"]
+    unchanged = found["pairs"]["fixed"] + found["pairs"]["broken"] == 0  # every draw is 0 then, which says nothing
+    if drawn["interval"] is None or drawn["groups"] >= found["n"] or unchanged:
+        return ""
+    low, high = (f"{100 * end:+.1f}".replace("-", "−") for end in drawn["interval"])
+    told = say(
+        f"The {found['n']:,} items stand on {drawn['groups']:,} pictures, and questions on one picture go right or wrong together: drawing whole pictures gives {low} to {high} points.",
+        f"{found['n']:,} 道题来自 {drawn['groups']:,} 张图片，同一张图的问题往往同对同错：按整张图片重抽样，区间为 {low} 至 {high} 个百分点。",
+    )
+    return f'<p class="soft">{_unbroken(told)}</p>'
 
 
 def _table(pairs: dict[str, int]) -> str:
@@ -173,70 +179,26 @@ def _table(pairs: dict[str, int]) -> str:
     )
 
 
-def _per_tag(found: dict[str, Any]) -> str:
-    parts = []
-    for tag in telling_tags(found["tags"], found["n"]):
-        rows = []
-        for value, both in found["tags"][tag].items():
-            before, after = both["before"], both["after"]
-            rows.append(
-                f'<div class="row"><div class="label">{_e(value)} <small>n={after["n"]}</small></div>{_bars(before, after)}'
-                f'<div class="value">{percent(before["accuracy"])} → {percent(after["accuracy"])}</div></div>'
-            )
-        parts.append(f"<div class='whole'><h3>{_e(tag)}</h3><div>{''.join(rows)}</div></div>")
-    if not parts:
-        return ""
-    few = say("A group of few items has a wide interval: read the thin lines before the bars.", "题目少的组区间很宽：先看细线，再看色条。")
-    return f'<section class="long"><h2>{say("By group", "分组结果")}</h2><p class="soft">{few}</p>{"".join(parts)}</section>'
-
-
-def _facts(found: dict[str, Any]) -> str:
-    before, after = found["before"], found["after"]
-    rows = [
-        (say("model", "模型"), before["model"]["name"], after["model"]["name"]),
-        (say("base weights", "基础权重"), before["model"]["fingerprint"], after["model"]["fingerprint"]),
-        (say("checkpoint", "检查点"), *(_checkpoint(side["model"]) for side in (before, after))),
-        (say("precision, device", "精度、设备"), *(f"{side['model']['precision']}, {side['model']['device']}" for side in (before, after))),
-        (say("data", "数据"), *(f"{side['data']['file']} ({side['data']['digest']})" for side in (before, after))),
-        (say("not recognised or tied", "未识别或并列"), *(side.get("unparsed", 0) + side.get("ties", 0) for side in (before, after))),
-        (say("seen in training", "是否训练数据"), *(_seen(side) for side in (before, after))),
-        (say("software", "软件"), *(", ".join(f"{name} {side['versions'][name]}" for name in ("intervale", "torch", "transformers")) for side in (before, after))),
-    ]  # fmt: skip
-    asked = "; ".join(f"{key} {value}" for key, value in found["protocol"].items() if value is not None)
-    names = (say("before", "之前"), say("after", "之后"))
-
-    def cells(one: Any, two: Any) -> str:
-        if one == two:
-            return f'<td colspan="2">{_e(one)}</td>'
-        return "".join(f'<td data-side="{side}">{_e(value)}</td>' for side, value in zip(names, (one, two), strict=True))
-
-    body = "".join(f"<tr><th>{name}</th>{cells(one, two)}</tr>" for name, one, two in rows)
-    methods = f"{found['mcnemar']['method']}; {found['difference']['method']}; {say('accuracies: Wilson 95%', '准确率：Wilson 95%')}"
-    return (
-        f"<section><h2>{say('What was compared', '比较对象')}</h2><table class='facts'><thead><tr><th></th><th>{names[0]}</th><th>{names[1]}</th></tr></thead>"
-        f"<tbody>{body}</tbody></table><p class='soft'>{say('protocol', '协议')}: {_e(asked)}</p><p class='soft'>{say('statistics', '统计')}: {_e(methods)}</p></section>"
-    )
-
-
-def _checkpoint(model: dict[str, Any]) -> str:
-    return f"{model['checkpoint']} ({model['checkpoint_fingerprint']})" if model["checkpoint"] else "–"
-
-
-def _seen(side: dict[str, Any]) -> str:
-    answer = {True: say("yes", "是"), False: say("no", "否"), None: say("not known", "未知")}[side["scored_on_training_items"]]
-    return f"{answer}: {side['scored_on_training_items_reason']}"
-
-
 def _banner(*told: dict[str, Any]) -> str:
     sides = [found[side] for found in told for side in ("after", "before")]
-    why = next((side["scored_on_training_items_reason"] for side in sides if side["scored_on_training_items"]), None)
+    why = next((reason_of(side) for side in sides if side["scored_on_training_items"]), None)
     if why is None:
-        return ""
+        return _note(sides)
     strong = say("Scored on training items.", "在训练数据上评分。")
     text = say(
         "This shows that the training worked, not how good the model is on anything new.", "这只说明训练有效，不代表模型在新数据上的水平。"
     )
     return f'<div class="banner" role="alert"><strong>{strong}</strong>{text}<br><span class="soft">{_e(why)}</span></div>'
+
+
+def _note(sides: list[dict[str, Any]]) -> str:
+    """Where no item is a training item, but its picture was in training with another question."""
+    files = [file for side in sides for file in (side.get("seen") or {}).get("files", [])]
+    if not any(file.get("picture") for file in files):
+        return ""
+    why = next(reason_of(side) for side in sides if any(file.get("picture") for file in (side.get("seen") or {}).get("files", [])))
+    strong = say("Some pictures were in training.", "部分图片出现在训练数据中。")
+    return f'<div class="note"><strong>{strong}</strong> <span class="soft">{_e(why)}</span></div>'
 
 
 def report_html(found: dict[str, Any], extra: dict[str, Any] | None = None) -> str:
@@ -246,17 +208,21 @@ def report_html(found: dict[str, Any], extra: dict[str, Any] | None = None) -> s
     """
     title = say("Before and after", "训练前后对比")
     asked = found["protocol"]
-    under = say(f"{found['n']:,} items, prompt {asked['prompt']}, mode {asked['mode']}",
-                f"{found['n']:,} 题，提问方式 {asked['prompt']}，评分方式 {asked['mode']}")  # fmt: skip
+    how = f"{prompt_name(asked['prompt'])}{say(', ', '，')}{mode_name(asked)}"
+    under = say(f"{found['n']:,} items, {how}", f"{found['n']:,} 题，{how}")
     models = f"{found['before']['model']['name']} → {found['after']['model']['name']}"
     body = "".join([
         _banner(found, *([extra] if extra else [])),
         _headline(found, extra),
         _table(found["pairs"]),
-        _per_tag(found),
+        graded_html(found),
+        groups_html(found),
+        others_html(found),
+        published_html(found),
+        calibration_html(found, extra),
         training_html(found["training"]),
         gallery_html(found),
-        _facts(found),
+        facts_html(found),
     ])  # fmt: skip
     return (
         f'<!doctype html>\n<html lang="{"zh-CN" if language() == "zh" else "en"}"><head><meta charset="utf-8">'

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from intervale.core.lang import say
+from intervale.evaluate.labels import is_open
 from intervale.evaluate.thumbnails import Thumbnail, thumbnail
 from intervale.evaluate.training_card import thin
 
@@ -87,9 +88,10 @@ def _card(item: Item, draw: Draw | None, marks: tuple[str, str]) -> str:
             (say("correct", "正确答案"), "", item["right"]),
         )
     )
+    graded = f'<p class="id">F1 {item["f1"][0]:.2f} → {item["f1"][1]:.2f}</p>' if "f1" in item else ""
     return (
         f'<li class="card{" strip" if several else ""}">{shots}<div class="told"><p class="question">{_clip(item["question"])}</p>'
-        f'<dl class="answers">{rows}</dl><p class="id">{_clip(item["id"])}</p></div></li>'
+        f'<dl class="answers">{rows}</dl>{graded}<p class="id">{_clip(item["id"])}</p></div></li>'
     )
 
 
@@ -148,7 +150,7 @@ def gallery_html(found: dict[str, Any]) -> str:
     # Several questions about one picture decode it once. The cache ends with the page: a file may change between two reports.
     draw = None if root is None else cache(lambda name, several: thumbnail(root, name, *_SIZES[several]))
     parts = [
-        _section(title, found[name], counts[name], draw, marks, name in ("fixed", "broken"))
+        _section(title, found[name], counts[name], draw, marks, name in ("fixed", "broken") or is_open(found["protocol"]))
         for name, title, marks in (
             ("fixed", say("Fixed", "改对的题目"), ("bad", "good")),
             ("broken", say("Broken", "改错的题目"), ("good", "bad")),

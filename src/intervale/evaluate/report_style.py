@@ -14,6 +14,8 @@ section.long { break-inside: auto; } section.long > h2, section.long > p, h3 { b
 .soft { color: var(--soft); font-size: .88rem; } p { margin: .4rem 0; } .under { overflow-wrap: anywhere; }
 .banner { background: #fdecea; border: 1px solid #f3b9b3; border-left: 6px solid var(--warn); color: #7c1a12; border-radius: 10px;
           padding: .8rem 1.1rem; margin-top: 1rem; } .banner strong { display: block; } .banner .soft { color: inherit; }
+.note { background: #fdf6e7; border: 1px solid #ecd9ac; border-left: 6px solid #c58a1b; color: #6b4a0c; border-radius: 10px; padding: .7rem 1.1rem; margin: 1rem 0; break-inside: avoid; }
+.note .soft { color: inherit; } .note ul { margin: .3rem 0 0; padding-left: 1.2rem; } main > .note { margin-bottom: 0; } section > .banner { margin: 0 0 .8rem; }
 .hero { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1rem 2.2rem; }
 .number b { display: block; font-size: 2.8rem; line-height: 1.15; letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
 .number b small { font-size: 1.05rem; font-weight: 600; letter-spacing: 0; }
@@ -23,6 +25,11 @@ section.long { break-inside: auto; } section.long > h2, section.long > p, h3 { b
 .also { border-top: 1px solid var(--line); margin: 1rem -1.4rem -1.25rem; padding: .8rem 1.4rem .9rem; background: #f8fafc; border-radius: 0 0 12px 12px; font-variant-numeric: tabular-nums; }
 .row { display: grid; grid-template-columns: minmax(6rem, 13rem) 1fr 9.5rem; gap: .15rem .9rem; align-items: center; padding: .42rem 0; border-top: 1px solid var(--line); break-inside: avoid; }
 .row:first-of-type { border-top: 0; } .row .value { font-size: .85rem; text-align: right; font-variant-numeric: tabular-nums; }
+.value small { display: block; color: var(--soft); font-size: .78rem; line-height: 1.25; } .value small.up { color: var(--good); font-weight: 600; } .value small.down { color: var(--bad); font-weight: 600; }
+svg.single { height: .95rem; } .measures th:first-child, .measures td:first-child { text-align: left; } .measures td { font-size: .95rem; }
+.reliability { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)); gap: 1rem 2rem; max-width: 46rem; margin: .6rem auto .4rem; }
+figure { margin: 0; break-inside: avoid; } figcaption { display: flex; justify-content: space-between; color: var(--soft); font-size: .9rem; } figcaption b { color: var(--ink); font-variant-numeric: tabular-nums; }
+figure svg { overflow: visible; } figure text { font-size: 4px; fill: var(--soft); } figure p { font-size: .88rem; text-align: center; margin: .1rem 0 0; }
 .label { overflow-wrap: anywhere; } .label small { color: var(--soft); white-space: nowrap; }
 svg { display: block; width: 100%; } svg.bars { height: 1.9rem; } svg.wide { height: 3.4rem; margin-top: 1.1rem; }
 .scale { display: flex; justify-content: space-between; color: var(--soft); font-size: .75rem; }

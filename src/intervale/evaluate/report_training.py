@@ -14,6 +14,12 @@ from intervale.core.lang import say
 
 _WIDE = 5  # a fall by more than this is drawn on a logarithmic axis, or its end could not be read (as in the run's loss.png)
 _MOST_TICKS = 6
+_TARGETS = {
+    "llm": ("language model", "语言模型"),
+    "llm+head": ("language model and its head", "语言模型和输出层"),
+    "vision": ("vision tower", "视觉编码器"),
+    "llm+vision": ("language model and vision tower", "语言模型和视觉编码器"),
+}
 # The plot's share of the picture's height: above it room for the highest label, below it for the steps.
 _TOP, _BOTTOM = 5.0, 88.0
 Scale = Callable[[float], float]
@@ -136,7 +142,7 @@ def _learns(card: dict[str, Any]) -> str:
     return say("; ", "；").join(told)
 
 
-def _facts(card: dict[str, Any]) -> list[tuple[str, str, str]]:
+def training_facts(card: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(name, value, what else there is to say) of everything that is known."""
     lora, curve = card["lora"], card["curve"]
     schedules = {"cosine": say("cosine", "余弦衰减"), "linear": say("linear", "线性衰减"), "constant": say("constant", "恒定")}
@@ -146,9 +152,10 @@ def _facts(card: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     if lora:
         rank, alpha, dropout, targets = (lora.get(name, "?") for name in ("rank", "alpha", "dropout", "targets"))
-        alpha = str(alpha).removesuffix(".0")
+        alpha, dropout = (str(value).removesuffix(".0") for value in (alpha, dropout))
         size = say(f"rank {rank}, alpha {alpha}", f"秩 {rank}，alpha {alpha}")
-        rows.append(("LoRA", size, say(f"on {targets}, dropout {dropout}", f"作用于 {targets}，dropout {dropout}")))
+        on = say(*_TARGETS[targets]) if targets in _TARGETS else str(targets)
+        rows.append(("LoRA", size, say(f"on the {on}, dropout {dropout}", f"作用于{on}，随机失活 {dropout}")))
     if card["items"]:
         held = card["held_out_items"]
         told = say(f"and {held:,} held out", f"另留出 {held:,} 条") if held else say("none held out", "未留出")
@@ -179,6 +186,6 @@ def training_html(card: dict[str, Any] | None) -> str:
     curve = f'<div class="whole">{_curve(card["curve"], mark)}{_legend(card["curve"], mark)}</div>' if card["curve"] else ""
     facts = "".join(
         f"<div><dt>{name}</dt><dd>{escape(value)}{f'<small>{escape(more)}</small>' if more else ''}</dd></div>"
-        for name, value, more in _facts(card)
+        for name, value, more in training_facts(card)
     )
     return f'<section class="long"><h2>{say("How it was trained", "训练过程")}</h2>{curve}<dl class="card-facts">{facts}</dl></section>'

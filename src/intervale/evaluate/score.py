@@ -61,6 +61,18 @@ def _occurrences(needle: str, text: str, fresh: Sequence[bool]) -> Iterator[tupl
         start = text.find(needle, start + 1)
 
 
+def stands_in(needle: str, answer: str) -> bool:
+    """Does `needle` stand in an answer as words of its own? Both normalised; never inside a longer number or Latin word."""
+    kept = list(_kept(answer))
+    text, fresh = "".join(char for char, _ in kept), [start for _, start in kept]
+    wanted = normalise(needle)
+
+    def goes_on(end: int) -> bool:
+        return end < len(text) and not fresh[end] and _letter(text[end]) and _letter(wanted[-1])
+
+    return any(not goes_on(end) for _, end in _occurrences(wanted, text, fresh))
+
+
 def match_choice(answer: str, choices: Sequence[str]) -> int | None:
     """The choice that an open answer names: exactly one choice's text occurs in it, else None.
 

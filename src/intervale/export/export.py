@@ -19,7 +19,7 @@ from intervale.core.errors import OutsideError, UserError
 from intervale.core.files import read_json, refuse_existing
 from intervale.core.lang import say
 from intervale.core.runlog import versions
-from intervale.model.adapt import TRAINED, adapted_network, base_folder, checkpoint_of, merge_into, trained_tiles
+from intervale.model.adapt import TRAINED, adapted_network, base_folder, checkpoint_fingerprint, checkpoint_of, merge_into, trained_tiles
 from intervale.model.convert import convert
 from intervale.model.hf_files import PROVENANCE
 from intervale.model.load import narrow, network_from, text_side
@@ -165,7 +165,8 @@ def _provenance(src: Path, base: Path, checkpoint: Path | None, to: str, proof: 
     }
     if checkpoint is not None:
         state = read_json(checkpoint / "state.json")
-        value |= {"step": state["step"], "recipe": state["identity"]["recipe"], "data": state["identity"]["data"]}
+        value |= {"checkpoint_fingerprint": checkpoint_fingerprint(checkpoint), "step": state["step"]}
+        value |= {"recipe": state["identity"]["recipe"], "data": state["identity"]["data"]}
         run = checkpoint.parent.parent / "run.json"
         if run.is_file():
             value["train"] = read_json(run)["train"]

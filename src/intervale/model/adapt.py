@@ -9,6 +9,7 @@ vision tower, so whole paths are matched.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from intervale.core.errors import UserError, nearest
 from intervale.core.files import read_object, sha256_file, write_json
 from intervale.model.checkpoint import read_header
 from intervale.model.families import BACKBONES, native_backbone
-from intervale.model.source import fingerprint
+from intervale.model.source import add_ends, fingerprint
 
 TRAINED, BASE, ADAPTER, MANIFEST = "trained.safetensors", "base.json", "adapter_model.safetensors", "MANIFEST.json"
 CHECKPOINTS = "checkpoints"
@@ -157,6 +158,15 @@ def checkpoint_of(folder: Path) -> Path | None:
             raise UserError(f"{folder}: the run has no checkpoint yet", "let it train until its first save (train.save_steps)")
         return newest
     return None
+
+
+def checkpoint_fingerprint(checkpoint: Path) -> str:
+    """A short name for what a checkpoint adds to its base: sizes and ends of its own tensors' files, 16 hex digits."""
+    digest = hashlib.sha256()
+    for name in (ADAPTER, TRAINED, "adapter_config.json"):
+        if (checkpoint / name).is_file():
+            add_ends(checkpoint / name, digest)
+    return digest.hexdigest()[:16]
 
 
 def base_folder(folder: Path) -> Path:

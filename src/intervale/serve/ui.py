@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi import Request as HttpRequest
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: it also looks for newer versions of itself
@@ -28,7 +29,7 @@ from intervale.serve.ui_about import Facts
 from intervale.serve.ui_events import Page
 from intervale.serve.ui_guard import REPORT_POLICY, UPLOADS_SECONDS, Guard, uploads
 from intervale.serve.ui_shelf import load_shelf
-from intervale.serve.ui_words import QUESTIONS, WORDS
+from intervale.serve.ui_words import QUESTIONS, WORDS, language_of
 
 Words = Callable[[str], Any]  # a key of WORDS -> what the browser replaces by the text in its language
 _HERE = Path(__file__).parent
@@ -85,10 +86,11 @@ def _add_routes(app: FastAPI, page: Page) -> None:
         return FileResponse(page.shelf[number].path, media_type="image/webp", headers={"Cache-Control": "private, max-age=86400"})
 
     @app.get("/report")
-    def report() -> Response:
+    def report(http: HttpRequest) -> Response:
         if page.facts.report is None:
             raise ApiError(404, "not_found", "there is nothing at this address")
-        return HTMLResponse(page.facts.report, headers={"Content-Security-Policy": REPORT_POLICY})
+        told = page.facts.report[language_of(http.cookies, http.headers.get("accept-language", ""))]
+        return HTMLResponse(told, headers={"Content-Security-Policy": REPORT_POLICY, "Vary": "Cookie, Accept-Language"})
 
 
 def build(page: Page, words: Words) -> gr.Blocks:
@@ -106,7 +108,7 @@ def build(page: Page, words: Words) -> gr.Blocks:
                 with gr.Tab(words("report"), visible=page.facts.report is not None) as report_tab:
                     gr.HTML('<iframe src="/report" sandbox="" loading="lazy" title="report"></iframe>', elem_id="iv-report")
                 with gr.Tab(words("about")) as about_tab:
-                    about = gr.HTML(elem_id="iv-about")
+                    about = gr.HTML(elem_id="iv-about", js_on_load=_ABOUT_JS)
             with gr.Column(scale=3, min_width=300) as side:
                 shelf, camera = _picture_widgets(page, words)
                 chosen = _setting_widgets(page, words)
@@ -251,6 +253,22 @@ theme.addEventListener("click", () => {
   try { localStorage.setItem("intervale_theme", dark ? "dark" : "light"); } catch {}
   history.replaceState(null, "", location.pathname);
   document.documentElement.style.background = dark ? "#0f1115" : "";
+});
+"""
+_ABOUT_JS = """
+element.addEventListener("click", async (event) => {
+  const button = event.target.closest("[data-copy]");
+  if (!button) return;
+  const line = button.previousElementSibling;
+  try {
+    await navigator.clipboard.writeText(line.textContent);
+    const word = button.textContent;
+    if (word === button.dataset.done) return;
+    button.textContent = button.dataset.done;
+    setTimeout(() => { button.textContent = word; }, 1500);
+  } catch {
+    getSelection().selectAllChildren(line);  // no clipboard without https: marked, to be copied by hand
+  }
 });
 """
 _SHELF_JS = """

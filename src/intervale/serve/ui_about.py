@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 
@@ -13,13 +14,13 @@ from intervale.serve.ui_words import pick
 
 @dataclass(frozen=True)
 class Facts:
-    """What the command line knows. `adapter`: the run behind the first model; `most_tiles`: what a picture may be cut into."""
+    """What the command line knows. `adapter`: the run behind the first model; `most_tiles`: what a picture may be cut into; `report`: by language."""
 
     engine: str = "local"
     adapter: str = ""
     serve_line: str = ""
     most_tiles: int = 12
-    report: bytes | None = None
+    report: Mapping[str, bytes] | None = None
 
 
 def chat_line(model: str, url: str, chosen: Settings) -> str:
@@ -67,5 +68,6 @@ def about_html(facts: Facts, serving: Serving, models: tuple[str, ...], url: str
         (say("This server", "这个服务"), facts.serve_line),
         (say("For programs", "给程序用"), f'OpenAI(base_url="{url}/v1")  # model="{models[0]}"'),
     ]
-    code = "".join(f"<h3>{escape(title)}</h3><pre>{escape(line)}</pre>" for title, line in lines if line)
+    button = f'<button type="button" data-copy data-done="{say("copied", "已复制")}">{say("copy", "复制")}</button>'
+    code = "".join(f'<h3>{escape(title)}</h3><div class="iv-line"><pre>{escape(line)}</pre>{button}</div>' for title, line in lines if line)
     return f"<table>{table}</table>{code}"

@@ -209,6 +209,7 @@ def write_run(job: Job, status: str, extra: dict[str, Any] | None = None) -> Non
         **job.identity(),
         "train": {"file": _file_of(job.recipe), "items": len(job.train), "digest": job.train.digest},
         "eval": {"file": job.recipe.data.eval, "items": len(job.held), "digest": data_digest(job.held)} if job.held else None,
+        "features_dir": str(Path(job.recipe.data.features_dir).resolve()) if job.recipe.data.features_dir else None,
         "versions": versions(),
         **(extra or {}),
     }
