@@ -182,6 +182,9 @@ def test_a_combination_is_an_evaluation_that_compare_reads(tiny: Path, run_folde
         go(str(model), foodie, tmp_path / name, settings, tasks=("sivqa", "mivqa"), max_tiles=1)
     found = compare(tmp_path / "before" / "mivqa-zh" / "0-likelihood", tmp_path / "after" / "mivqa-zh" / "0-likelihood")
     assert (found["n"], found["chance"], found["protocol"]["wording"]) == (12, 0.25, "0")
+    with pytest.raises(UserError, match="a whole suite") as caught:
+        compare(tmp_path / "before", tmp_path / "after")
+    assert "before/mivqa-zh/0-likelihood" in caught.value.fix
     with pytest.raises(UserError, match=r"protocol\.task"):
         compare(tmp_path / "before" / "mivqa-zh" / "0-likelihood", tmp_path / "after" / "sivqa-zh" / "0-likelihood")
 

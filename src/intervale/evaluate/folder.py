@@ -92,6 +92,14 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]
     """(summary, predictions) of a finished evaluation. Raises: UserError when it is none, or not finished."""
     if not (folder / PROTOCOL).is_file():
         raise UserError(f"{folder}: not an evaluation (no {PROTOCOL} in it)", "name a folder that `intervale evaluate --out` wrote")
+    if "suite" in read_object(folder / PROTOCOL):
+        first = next((path.parent.relative_to(folder) for path in sorted(folder.rglob(SUMMARY))), None)
+        fix = (
+            f"name one of its combinations, such as {folder / first}"
+            if first
+            else "run the same command again; it goes on where it stopped"
+        )
+        raise UserError(f"{folder}: a whole suite, not one evaluation", fix)
     if not (folder / SUMMARY).is_file():
         raise UserError(
             f"{folder}: this evaluation is not finished", "run the same `intervale evaluate` again; it continues where it stopped"
