@@ -131,6 +131,17 @@ def test_uneven_steps_text_alone_and_a_learning_tower(tmp_path: Path, tiny: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [STRATEGIES[1], STRATEGIES[3]])
+def test_a_bfloat16_base_under_float32_adapters_is_shared_too(tmp_path: Path, tiny: Path, plates: Path, settings: list[str]) -> None:
+    path = write_recipe(tmp_path, tiny, plates, batch_size=2, accumulation=2, precision="bf16")
+    run(path, "lora.dropout=0.0", f"out={tmp_path / 'one'}")
+    path = write_recipe(tmp_path, tiny, plates, batch_size=1, accumulation=2, precision="bf16")
+    done = together(path, *settings, "lora.dropout=0.0")
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)  # bfloat16 has 8 bits
+
+
+@pytest.mark.slow
 def test_ctrl_c_reaches_every_process_once_and_the_run_goes_on(tmp_path: Path, tiny: Path, plates: Path) -> None:
     path = write_recipe(tmp_path, tiny, plates, epochs=400, batch_size=1)
     words = [sys.executable, "-m", "intervale", "train", str(path), "--set", "parallel.processes=2", "--set", "parallel.strategy=ddp"]
