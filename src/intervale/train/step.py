@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -50,16 +51,35 @@ class Compute:
 Losses = Callable[[InternVLForConditionalGeneration, Batch, Compute], tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sums:
-    """Added up over micro-batches: loss, correct targets, targets, positions; `each` is the loss of every micro-batch."""
+    """Added up over micro-batches. `found`: (loss, correct targets) of each, on the device; the numbers wait for it when they are first
+    asked for, so ask late."""
 
-    loss: float = 0.0
-    correct: int = 0
     targets: int = 0
     positions: int = 0
     samples: int = 0
-    each: list[float] = field(default_factory=list)
+    found: tuple[torch.Tensor, ...] = ()
+
+    @cached_property
+    def _numbers(self) -> list[list[float]]:
+        numbers: list[list[float]] = torch.stack(self.found).tolist() if self.found else []
+        return numbers
+
+    @property
+    def each(self) -> list[float]:
+        """The loss of every micro-batch, summed over its targets."""
+        return [loss for loss, _ in self._numbers]
+
+    @property
+    def loss(self) -> float:
+        """The loss, summed over all targets."""
+        return sum(self.each)
+
+    @property
+    def correct(self) -> int:
+        """Targets that were the most likely token."""
+        return int(sum(correct for _, correct in self._numbers))
 
 
 def _features(network: InternVLForConditionalGeneration, batch: Batch, compute: Compute) -> torch.Tensor | None:
@@ -164,12 +184,6 @@ def _summed(losses_N: torch.Tensor, correct_N: torch.Tensor) -> torch.Tensor:
 
 
 def _count(batches: Sequence[Batch], found: Sequence[torch.Tensor]) -> Sums:
-    numbers = torch.stack(list(found)).tolist() if found else []
-    return Sums(
-        sum(loss for loss, _ in numbers),
-        int(sum(correct for _, correct in numbers)),
-        sum(batch.targets for batch in batches),
-        sum(batch.tokens for batch in batches),
-        sum(len(batch.ids) for batch in batches),
-        [loss for loss, _ in numbers],
-    )
+    counts = ((batch.targets, batch.tokens, len(batch.ids)) for batch in batches)
+    targets, tokens, samples = (sum(numbers) for numbers in zip(*counts, strict=True)) if batches else (0, 0, 0)
+    return Sums(targets, tokens, samples, tuple(found))
