@@ -39,7 +39,7 @@ def together(path: Path, *settings: str, more: tuple[str, ...] = ()) -> subproce
         [sys.executable, "-m", "intervale", "train", str(path), *words, *more],
         capture_output=True,
         text=True,
-        env=os.environ | {"INTERVALE_DEVICE": "cpu"},
+        env=os.environ | {"INTERVALE_DEVICE": "cpu", "INTERVALE_CACHE": str(path.parent / "cache")},
         timeout=100,
         check=False,
     )
@@ -74,6 +74,8 @@ def test_two_processes_give_the_losses_of_one_resume_and_export(
     done = together(path, *settings)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run"
+    assert len(list((tmp_path / "cache").rglob("*.feat"))) == 8  # each picture's features once, half by each process
+    assert "features: 4 pictures" in done.stderr
     assert losses(folder) == pytest.approx(losses(alone), abs=1e-5)
     held = [[entry["eval_loss"] for entry in read_metrics(place) if "eval_loss" in entry] for place in (folder, alone)]
     assert held[0] == pytest.approx(held[1], abs=1e-5)

@@ -51,7 +51,10 @@ def plan_of(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dt
     folder = Path(named) if named else default_store_folder()
     budget = int(recipe.data.features_gib * (1 << 30))
     free = free_memory(torch.device("cpu")) // processes  # in memory each process has its own
-    plan = plan_features(need, free_ram=free, folder=folder if budget else None, disk_budget=budget, disk_first=named is not None)
+    # several processes share a folder, each computing its part; in memory each would compute and hold everything
+    plan = plan_features(
+        need, free_ram=free, folder=folder if budget else None, disk_budget=budget, disk_first=named is not None or processes > 1
+    )
     if plan.place == "live" and wanted == "cache":
         raise UserError(
             f"train.features is cache, but {plan.why}", "raise data.features_gib, name a larger disk in data.features_dir, or use auto"
