@@ -249,7 +249,7 @@ def load_for(job: Job, world: World) -> Ready:
         quantize_layers(network, dtype, world.device)
     freeze_and_adapt(network, job.recipe)
     adapter = None if parted else fused_lora(network, job.recipe)
-    cost = estimate(network, job.recipe, dtype, job.longest, adapter is not None)
+    cost = estimate(network, job.recipe, dtype, adapter is not None)
     if world.size > 1 and job.recipe.parallel.strategy in ("fsdp", "deepspeed"):
         set_apart(network, world.device)
     return Ready(network, dtype, cost, adapter)
@@ -261,7 +261,7 @@ def plan_for(job: Job, world: World) -> Ready:
     network = build_network(open_source(job.base, job.side.tokenizer.control("<IMG_CONTEXT>")).config)
     freeze_and_adapt(network, job.recipe)
     fused = job.recipe.train.fused_lora != "off" and can_fuse(world.device)
-    return Ready(network, dtype, estimate(network, job.recipe, dtype, job.longest, fused))
+    return Ready(network, dtype, estimate(network, job.recipe, dtype, fused))
 
 
 def share_prefixes(job: Job) -> tuple[bool, str]:

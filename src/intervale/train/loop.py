@@ -114,13 +114,18 @@ def _dry_run(job: Job, world: World) -> Outcome:
     total = job.steps(world.size)
     tokens = job.measured.an_epoch()[0] * job.recipe.train.epochs
     longest = job.measured.longest
+    free = free_memory(world.device)
+    fit = first_fit(job.recipe, world.device, longest, free - cost.weights - cost.optimizer, cost.kept, cost.recomputed)
+    at_once = min(fit.tokens, job.per_step * longest) if fit.tokens else job.recipe.train.batch_size * longest
+    activations = at_once * (cost.recomputed if fit.recompute else cost.kept)
+    whole = cost.weights + cost.optimizer + activations
     lines = [
         _describe(job, world, total),
         f"steps: {total}",
         f"tokens: {tokens:,} in {job.recipe.train.epochs} epochs; the longest item has {longest:,} (data.max_length {job.recipe.data.max_length:,})",
         f"parameters: {cost.parameters:,}, trainable: {cost.trainable:,} ({cost.trainable / cost.parameters:.2%})",
-        f"memory, estimated: {cost.total / GIB:.2f} GiB = weights {cost.weights / GIB:.2f} + gradients and optimizer "
-        f"{cost.optimizer / GIB:.2f} + activations {cost.activations / GIB:.2f}; free on {world.device}: {free_memory(world.device) / GIB:.1f} GiB",
+        f"memory, estimated: {whole / GIB:.2f} GiB = weights {cost.weights / GIB:.2f} + gradients and optimizer {cost.optimizer / GIB:.2f} + "
+        f"activations {activations / GIB:.2f} ({in_words(fit, job.recipe)}); free on {world.device}: {free / GIB:.1f} GiB",
         f"disk: {cost.checkpoint / GIB:.2f} GiB a checkpoint, {_kept(job, total)} kept",
         f"precision: {str(dtype).removeprefix('torch.')}; features: {told(plan_of(job, network, dtype, world.size))}",
         f"out: {job.folder} (nothing was written)",
