@@ -227,7 +227,7 @@ def test_the_command_says_what_it_will_cost_and_prints_the_tables(
     words += ["--skip-bad", "--prompts", "0,1", "--tasks", "sivqa,textqa", "--rotate", "all"]
     assert run_command(monkeypatch, *words, "--dry-run") == 0
     told = capsys.readouterr()
-    assert "sivqa zh: 21 items, 2 prompts x 4 orders x 1 views = 160 askings; left out: 3 of 24" in told.out
+    assert "sivqa zh: 21 items, 2 prompts x 4 orders x 1 view = 160 askings; left out: 3 of 24" in told.out
     assert "different pictures (36 tiles)" in told.out
     assert "FoodieQA's terms" in told.err
     assert not (tmp_path / "out").exists()

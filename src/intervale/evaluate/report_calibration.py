@@ -50,7 +50,7 @@ def _plot(side: str, told: dict[str, Any]) -> str:
 def _words(told: dict[str, Any]) -> str:
     """Too sure, too careful, or about right."""
     sure, right = told["confidence"], told["accuracy"]
-    numbers = say(f"sure of {sure:.0%} on average, right in {right:.0%}", f"平均把握 {sure:.0%}，实际答对 {right:.0%}")
+    numbers = say(f"sure of {sure:.1%} on average, right in {right:.1%}", f"平均把握 {sure:.1%}，实际答对 {right:.1%}")
     if sure - right > 0.03:
         return numbers + say(": it promises more than it keeps", "：过于自信")
     if right - sure > 0.03:

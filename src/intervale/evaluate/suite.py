@@ -184,7 +184,9 @@ def cost(data: SuiteData, askings: Sequence[Asking], asker: Asker, settings: Set
     for part in data.parts:
         own = [asking for asking in askings if (asking.task, asking.language) == (part.task, part.language)]
         prompts, turns, views = ({getattr(asking, name) for asking in own} for name in ("prompt", "turn", "view"))
-        many = f"{len(prompts)} prompts x {len(turns)} orders x {len(views)} views"
+        many = " x ".join(
+            f"{len(found)} {name}{'s' * (len(found) != 1)}" for found, name in ((prompts, "prompt"), (turns, "order"), (views, "view"))
+        )
         viele = f"{len(prompts)} 个提示 x {len(turns)} 种选项顺序 x {len(views)} 种呈现"
         left = f"; left out: {len(part.left_out)} of {part.in_file}" if part.left_out else ""
         weg = f"；跳过 {part.in_file} 条中的 {len(part.left_out)} 条" if part.left_out else ""
