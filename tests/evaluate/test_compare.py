@@ -70,6 +70,15 @@ def test_what_cannot_be_paired_is_refused_with_all_that_differs(tmp_path: Path) 
         assert told in caught.value.what
 
 
+@pytest.mark.parametrize("damage", ["[]", "3", '{"x": 1}', '{"id": [1]}'])
+def test_a_line_that_is_no_prediction_is_told_with_its_number(tmp_path: Path, damage: str) -> None:
+    one, other = folder(tmp_path / "a", outcomes("01")), folder(tmp_path / "b", outcomes("01"))
+    lines = (other / "predictions.jsonl").read_text().splitlines()
+    (other / "predictions.jsonl").write_text(f"{lines[0]}\n{damage}\n")
+    with pytest.raises(UserError, match="line 2 is no prediction"):
+        compare(one, other)
+
+
 def test_an_unfinished_evaluation_is_not_compared(tmp_path: Path) -> None:
     before, after = folder(tmp_path / "a", outcomes("10")), folder(tmp_path / "b", outcomes("11"))
     (after / "summary.json").unlink()

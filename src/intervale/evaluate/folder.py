@@ -59,6 +59,9 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
         with disk_errors(path), open(path, "rb+") as file:
             file.truncate(len(complete))
     lines = [parse_json(line, f"{path}:{n}") for n, line in enumerate(read_text(path).split("\n"), 1) if line]
+    odd = next((n for n, line in enumerate(lines, 1) if not isinstance(line, dict) or not isinstance(line.get("id"), str)), None)
+    if odd is not None:
+        raise UserError(f"{path}: damaged: line {odd} is no prediction", "evaluate again with --fresh")
     ids = [line["id"] for line in lines]
     if len(set(ids)) != len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
