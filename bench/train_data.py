@@ -22,8 +22,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from intervale.core.config import parse_yaml
 from intervale.core.records import Record, read_records
-from intervale.data.dataset import step_items
 from intervale.data.images import picture_size
+from intervale.data.order import step_items
 from intervale.data.prompt import TEMPLATES, encode_turns, turns_of
 from intervale.data.tiling import Tiling
 from intervale.model.load import TextSide, narrow, text_side

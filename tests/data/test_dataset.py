@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from intervale.data.dataset import step_items
+from intervale.data.order import step_items
 
 
 @pytest.mark.parametrize(("count", "per_step"), [(42, 8), (8, 8), (7, 3), (1, 4)])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from intervale.core.records import read_records
+from intervale.core.records import Record, read_records
 from intervale.data.dataset import Item, TileCache, load_item
 from intervale.data.images import PictureError
 from intervale.model.load import text_side
@@ -22,12 +22,12 @@ def step(tiny: Path, plates: Path) -> Callable[[int], Loaded]:
     records = read_records(plates / "train.jsonl")
     token = side.tokenizer.control("<IMG_CONTEXT>")
 
-    def load(index: int) -> Item:
-        if index == BAD:
+    def load(record: Record) -> Item:
+        if record is records[BAD]:
             raise PictureError("item 3: damaged", "replace it")
-        return load_item(records[index], side.tokenizer, side.template, side.tiling, cache)
+        return load_item(record, side.tokenizer, side.template, side.tiling, cache)
 
-    return lambda number: load_step([record.id for record in records], load, [2 * number, 2 * number + 1], Packing(1, share=True), token)
+    return lambda number: load_step(records, load, [2 * number, 2 * number + 1], Packing(1, share=True), token)
 
 
 @pytest.mark.parametrize(("workers", "processes"), [(1, False), (3, False), (1, True), (2, True)])

@@ -297,3 +297,47 @@ def test_two_processes_take_the_step_of_one(tmp_path: Path, tiny: Path, plates: 
         [*command, "--set", "parallel.strategy=ddp", "--set", "lora.dropout=0.0"], check=True, env=os.environ | {"INTERVALE_DEVICE": "cpu"}
     )
     assert losses(tmp_path / "two" / "run") == pytest.approx(losses(tmp_path / "one" / "run"), rel=1e-5)
+
+
+def test_an_indexed_run_is_the_run_that_reads_everything(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERVALE_CACHE", str(tmp_path / "cache"))
+    draw_plates(tmp_path, 8)
+    draw_plates(tmp_path, 2, "eval.jsonl", seed=1)
+    path = write_recipe(tmp_path, tiny, tmp_path, batch_size=4)
+    run(path, f"out={tmp_path / 'read'}")
+    said: list[str] = []
+    run(path, f"out={tmp_path / 'indexed'}", "data.index=on", said=said)
+    assert losses(tmp_path / "read") == losses(tmp_path / "indexed")
+    assert any("indexed: 8 items" in line for line in said)
+    assert any("about" in line and "tokens" in line for line in said)
+    assert json.loads((tmp_path / "read/run.json").read_text())["data"] == json.loads((tmp_path / "indexed/run.json").read_text())["data"]
+
+
+def test_a_run_learns_from_archives_and_mixes(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_corpus import write_tar
+
+    from intervale.core.records import read_records
+
+    monkeypatch.setenv("INTERVALE_CACHE", str(tmp_path / "cache"))
+    records = read_records(draw_plates(tmp_path, 8))
+    draw_plates(tmp_path, 2, "eval.jsonl", seed=1)
+    for number in (0, 1):
+        write_tar(tmp_path / f"{number}.tar", records[4 * number : 4 * number + 4])
+    path = write_recipe(tmp_path, tiny, tmp_path, batch_size=4)
+    run(path, f"out={tmp_path / 'file'}")
+    run(path, f"out={tmp_path / 'tar'}", f"data.train={tmp_path}/*.tar")
+    assert losses(tmp_path / "file") == losses(tmp_path / "tar")
+    mix = f"data.train=[{{path: {tmp_path}/train.jsonl, weight: 2}}, {{path: {tmp_path}/1.tar, weight: 0.5}}]"
+    assert run(path, f"out={tmp_path / 'mix'}", mix, "train.epochs=1").step == 3  # 16 + 2 items, 8 a step
+    assert sum(entry["samples"] for entry in read_metrics(tmp_path / "mix") if "samples" in entry) == 18
+
+
+def test_an_item_too_long_that_no_sample_showed_stops_the_run_by_name(
+    tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INTERVALE_CACHE", str(tmp_path / "cache"))
+    from intervale.train import measured
+
+    monkeypatch.setattr(measured, "measure_all", lambda records, *more: [measured.Size(100, 10, 1)] * len(records))
+    with pytest.raises(UserError, match=r"train\.jsonl:\d.*tokens long.*data\.max_length is 40"):
+        run(write_recipe(tmp_path, tiny, plates), "data.max_length=40", "data.index=on", "data.eval=null")

@@ -475,13 +475,13 @@ def test_a_step_that_found_no_memory_is_made_again_in_smaller_packs_then_recompu
     run(path, "lora.dropout=0", f"out={spare}")
     real, calls, packs, recomputed = steps.accumulate, [], [], []
 
-    def accumulate(network: Any, batches: Any, compute: Any, targets: int) -> Any:
+    def accumulate(network: Any, batches: Any, compute: Any, targets: int, *more: Any) -> Any:
         calls.append(1)
         if at <= len(calls) and not compute.walk.recompute:
             packs.append(max(len(batch.ids) for batch in batches))
             raise torch.OutOfMemoryError("CUDA out of memory")
         recomputed.append(compute.walk.recompute)
-        return real(network, batches, compute, targets)
+        return real(network, batches, compute, targets, *more)
 
     said: list[str] = []
     with monkeypatch.context() as patch:
@@ -495,16 +495,28 @@ def test_a_step_that_found_no_memory_is_made_again_in_smaller_packs_then_recompu
     assert losses(tmp_path / "run") == pytest.approx(losses(spare), rel=1e-5)
 
 
-@pytest.mark.slow
-def test_two_processes_resume_to_their_straight_run(tmp_path: Path, tiny: Path, plates: Path) -> None:
-    path = write_recipe(tmp_path, tiny, plates, epochs=3, save_steps=3, accumulation=1)  # 2 x 2 items a step: 6 steps, as above
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def straight_pair(tmp_path_factory: pytest.TempPathFactory, tiny: Path, plates: Path) -> Path:
+    """The folder of a run by two processes that torchrun started, dropout on, every step saved: 4 items a step, 6 steps."""
+    folder = tmp_path_factory.mktemp("pair")
+    path = write_recipe(folder, tiny, plates, epochs=3, save_steps=1, save_total_limit=-1, batch_size=1)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631", "-m", "intervale", "train"]
-    command = [*launch, str(path), "--set", "parallel.strategy=ddp"]
-    environment = os.environ | {"INTERVALE_DEVICE": "cpu"}
-    subprocess.run(command, check=True, env=environment, capture_output=True)
-    shutil.copytree(folder, tmp_path / "straight")
-    shutil.rmtree(folder / "checkpoints" / LAST)  # as if both had died after step 5, saved at 3
-    (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | {"status": "running"}))
-    subprocess.run([*command, "--resume"], check=True, env=environment, capture_output=True)
-    assert_same_run(tmp_path / "straight", folder)
+    command = [*launch, str(path), "--set", "parallel.strategy=ddp", "--set", "data.workers=0", "--set", "parallel.processes=2"]
+    subprocess.run(command, check=True, env=os.environ | {"INTERVALE_DEVICE": "cpu"}, capture_output=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 4])
+@pytest.mark.parametrize("at", [2, 3], ids=["at an epoch's edge", "mid-epoch"])
+def test_two_processes_resume_to_their_straight_run(tmp_path: Path, straight_pair: Path, at: int, workers: int) -> None:
+    """Both died in the middle of step `at` + 1; the command that starts its own processes goes on with what torchrun's left."""
+    shutil.copytree(straight_pair / "run", tmp_path / "run")
+    for number in range(at + 1, 7):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{number:08d}")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(json.loads((tmp_path / "run" / "run.json").read_text()) | {"status": "running"}))
+    settings = ["parallel.strategy=ddp", "parallel.processes=2", f"data.workers={workers}", f"out={tmp_path / 'run'}"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    command = [sys.executable, "-m", "intervale", "train", str(straight_pair / "r.yaml"), *words, "--resume"]
+    subprocess.run(command, check=True, env=os.environ | {"INTERVALE_DEVICE": "cpu"}, capture_output=True, timeout=200)
+    assert_same_run(straight_pair / "run", tmp_path / "run")

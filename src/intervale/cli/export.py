@@ -21,6 +21,7 @@ def export(
     dtype: Annotated[
         str, typer.Option(metavar="source|float32|bfloat16|float16", help="source keeps each tensor's stored type.")
     ] = "source",
+    best: Annotated[bool, typer.Option("--best", help="Of a run: the checkpoint with the lowest held-out loss, not the last.")] = False,
     report: Annotated[
         list[Path] | None,
         typer.Option(
@@ -36,6 +37,11 @@ def export(
 
     reports = [read_report(place) for place in report or []]  # before the work: a wrong name is told at once
     folder = resolve_model(source)
+    if best:
+        from intervale.train.best import best_checkpoint
+
+        folder = best_checkpoint(folder)
+        note(say(f"the best checkpoint is {folder.name}", f"最好的检查点是 {folder.name}"))
     proof = run(folder, dst, to, dtype=None if dtype == "source" else as_dtype(dtype), tell=note)
     _card(folder, dst, reports)
     if as_json:

@@ -28,7 +28,7 @@ def train(
         bool, typer.Option("--dry-run", help="Print steps, tokens, trainable parameters and memory; write nothing.")
     ] = False,
 ) -> None:
-    """Tune a model: LoRA or full, on a CPU, a GPU, or several (torchrun)."""
+    """Tune a model: LoRA or full, on a CPU, a GPU, or several (parallel.processes, or torchrun)."""
     if resume and fresh:
         raise UserError("--resume and --fresh contradict each other", "give one of them")
     if accept_changes and not resume:
@@ -40,6 +40,11 @@ def train(
     if out is not None:
         overrides.append(f"out={str(out)!r}")
     checked = load_recipe(recipe, TrainRecipe, overrides)
+    from intervale.train.launch import end_with_parent, launch, started_outside
+
+    if (count := checked.parallel.processes or 1) > 1 and not started_outside() and not dry_run:
+        sys.exit(launch(count, [sys.executable, "-m", "intervale", *sys.argv[1:]]))
+    end_with_parent()
     from intervale.train.loop import train as run
 
     try:

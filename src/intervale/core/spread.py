@@ -8,30 +8,37 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _FEW, _CHUNK = 20_000, 2_000  # items
-_work: tuple[Callable[[Any], Any], Sequence[Any]] | None = None  # what the forked children find
+_work: tuple[Callable[[Any], Any], Sequence[Any], int] | None = None  # what the forked children find
 
 
 def _part(start: int) -> list[Any]:
     assert _work is not None
-    function, items = _work
-    return [function(item) for item in items[start : start + _CHUNK]]
+    function, items, chunk = _work
+    return [function(item) for item in items[start : start + chunk]]
 
 
-def spread(function: Callable[[Item], Result], items: Sequence[Item], few: int = _FEW) -> list[Result]:
-    """[function(item) for item in items]; with more than `few` items over all cores. Results must be picklable."""
+def stream(function: Callable[[Item], Result], items: Sequence[Item], few: int = _FEW, chunk: int = _CHUNK) -> Iterator[Result]:
+    """function(item) for each item, in order; with more than `few` items over all cores, `chunk` at a time. Results must be picklable."""
     global _work
     cores = len(os.sched_getaffinity(0))
     if len(items) <= few or cores == 1:
-        return [function(item) for item in items]
-    _work = (function, items)
+        yield from map(function, items)
+        return
+    _work = (function, items, chunk)
     try:
         with multiprocessing.get_context("fork").Pool(cores) as pool:
-            return [result for part in pool.imap(_part, range(0, len(items), _CHUNK)) for result in part]
+            for part in pool.imap(_part, range(0, len(items), chunk)):
+                yield from part
     finally:
         _work = None
+
+
+def spread(function: Callable[[Item], Result], items: Sequence[Item], few: int = _FEW) -> list[Result]:
+    """`stream` as a list."""
+    return list(stream(function, items, few))

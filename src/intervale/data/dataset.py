@@ -1,7 +1,7 @@
 """Records to what a network eats: token ids, loss mask and tiles.
 
 Promises: an item is used whole or refused by name, never cut; its length is known from picture headers before anything is
-decoded; the order of training is a function of seed and epoch alone. Tiles stay uint8 (normalised on the device).
+decoded. Tiles stay uint8 (normalised on the device).
 Cost: one decode and resize an item, kept in memory up to a limit.
 """
 
@@ -11,7 +11,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -89,10 +88,11 @@ def load_item(
     tiling: Tiling,
     cache: TileCache,
     kept: Mapping[str, tuple[str, int]] | None = None,
+    max_length: int | None = None,
 ) -> Item:
     """Tokenise one record; decode and tile its pictures, but for those in `kept` ({path: (key, tiles)}), whose features are known.
 
-    Raises: UserError when a picture cannot be read.
+    Raises: UserError when a picture cannot be read, or (with `max_length`) the item is longer or has nothing to train on.
     """
     pictures = []
     for image in record.images:
@@ -103,6 +103,8 @@ def load_item(
             tiles = cache.tiles(record, image, tiling)
             pictures.append(ItemPicture(path, len(tiles), tiles))
     prompt = _prompt(record, [picture.count for picture in pictures], tokenizer, template, tiling)
+    if max_length is not None:
+        _size_of(record, prompt, sum(picture.count for picture in pictures), tiling, max_length)
     return Item(record.id, prompt.ids_S, prompt.trained_S, tuple(pictures))
 
 
@@ -114,8 +116,11 @@ def measure(record: Record, tokenizer: Tokenizer, template: Template, tiling: Ti
     counts = [
         tiling.tiles_of(*picture_size(inside(record.root, image, record.where), f"{record.where}: {image}")) for image in record.images
     ]
-    prompt = _prompt(record, counts, tokenizer, template, tiling)
-    size = Size(len(prompt.ids_S), int(prompt.trained_S.sum()), sum(counts))
+    return _size_of(record, _prompt(record, counts, tokenizer, template, tiling), sum(counts), tiling, max_length)
+
+
+def _size_of(record: Record, prompt: Prompt, tiles: int, tiling: Tiling, max_length: int) -> Size:
+    size = Size(len(prompt.ids_S), int(prompt.trained_S.sum()), tiles)
     if any(not message.content.strip() for message in record.messages if message.role == "assistant") or size.targets == 0:
         raise UserError(f"{record.where}: item {record.id!r} has no answer to train on", "give every item a non-empty assistant turn")
     if size.tokens > max_length:
@@ -125,30 +130,3 @@ def measure(record: Record, tokenizer: Tokenizer, template: Template, tiling: Ti
             f"raise data.max_length to {size.tokens}, or lower data.max_tiles (now {tiling.max_tiles})",
         )
     return size
-
-
-@lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch's items: a permutation that depends on nothing but its arguments."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
-
-
-def step_items(count: int, per_step: int, seed: int, step: int, together: tuple[int, ...] = ()) -> np.ndarray:
-    """The items of optimizer step `step` (from 0). An epoch's last step may be smaller; no item is left out or doubled.
-
-    `together` names each item's group (its picture); items of a group then follow each other, groups in a drawn order.
-    """
-    per_epoch = -(-count // per_step)
-    epoch, place = divmod(step, per_epoch)
-    order = grouped_order(together, seed, epoch) if together else epoch_order(count, seed, epoch)
-    return order[place * per_step : (place + 1) * per_step]
-
-
-@lru_cache(maxsize=2)
-def grouped_order(together: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
-    """An epoch's order that keeps groups together: groups as they are first met in the plain order, items within as there."""
-    order = epoch_order(len(together), seed, epoch)
-    groups: dict[int, list[int]] = {}
-    for item in order:
-        groups.setdefault(together[item], []).append(int(item))
-    return np.array([item for group in groups.values() for item in group])

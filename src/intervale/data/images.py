@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from intervale.core.errors import UserError
+from intervale.data.stored import is_stored, picture_bytes
 
 # JPEG covers MPO, which many phones write into a .jpg. Vector, scientific and PostScript formats stay out: their decoders are bomb-prone.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -40,6 +41,8 @@ def max_pixels() -> int:
 def _open(source: Path | bytes, where: str) -> Image.Image:
     """The picture with its header read and no pixel decoded."""
     known = "use a JPEG, PNG, WebP, BMP, GIF or TIFF file (convert HEIC and others first)"
+    if isinstance(source, Path) and is_stored(source):
+        source = _stored(source, where)
     if isinstance(source, Path) and source.exists() and not source.is_file():
         raise PictureError(f"{where}: not a file", "name the picture file itself")  # a pipe would block for ever
     try:
@@ -62,6 +65,15 @@ def _open(source: Path | bytes, where: str) -> Image.Image:
             "make the picture smaller, or raise the limit with INTERVALE_MAX_PIXELS",
         )
     return picture
+
+
+def _stored(path: Path, where: str) -> bytes:
+    try:
+        return picture_bytes(path)
+    except OSError as error:
+        raise PictureError(
+            f"{where}: cannot be read from its archive: {error.strerror}", "restore the archive, or remove its index"
+        ) from error
 
 
 def _size(path: Path) -> int:

@@ -22,6 +22,7 @@ from intervale.core.lang import say
 from intervale.core.records import Record
 from intervale.core.spread import spread
 from intervale.data.images import PictureError, load_picture, picture_size
+from intervale.data.stored import is_stored, picture_bytes
 from intervale.data.tiling import Tiling, cut_tiles
 
 _TELL_SECONDS = 5.0
@@ -31,8 +32,15 @@ _MOST_THREADS = 8  # both the disk and sha256 work without the interpreter lock
 def pictures_of(records: Sequence[Record]) -> dict[Path, str]:
     """Every distinct picture file of the records, and what an error calls it. Raises: UserError for a path out of the data's folder."""
 
+    seen: dict[tuple[Path, str], Path] = {}  # a name that many items share is looked up once
+
     def one(record: Record) -> list[tuple[Path, str]]:
-        return [(inside(record.root, image, record.where), f"{record.where}: {image}") for image in record.images]
+        pairs = []
+        for image in record.images:
+            path = seen.get((record.root, image)) or inside(record.root, image, record.where)
+            seen[record.root, image] = path
+            pairs.append((path, f"{record.where}: {image}"))
+        return pairs
 
     found: dict[Path, str] = {}
     parts: list[list[tuple[Path, str]]] = spread(one, records)
@@ -57,6 +65,8 @@ def count_tiles(pictures: Iterable[Path], tiling: Tiling) -> tuple[int, int]:
 
 def _hash(path: Path, where: str) -> str | UserError:
     try:
+        if is_stored(path):
+            return hashlib.sha256(picture_bytes(path)).hexdigest()
         if not path.is_file():
             picture_size(path, where)  # says what is wrong, and never blocks on a pipe
         return sha256_file(path)
@@ -96,7 +106,7 @@ def load_tiles(picture: Picture, tiling: Tiling) -> np.ndarray | UserError:
     """`tiles_PHWC`, or why there are none."""
     try:
         picture_size(picture.path, picture.where)  # refuses a bomb or a foreign file before all of it is read
-        data = picture.path.read_bytes()
+        data = picture_bytes(picture.path)
         if hashlib.sha256(data).hexdigest() != picture.sha:
             return PictureError(f"{picture.where}: the file changes while it is read", "let whatever writes it finish, then run again")
         return cut_tiles(load_picture(data, picture.where), tiling)

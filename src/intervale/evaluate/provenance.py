@@ -13,6 +13,7 @@ from typing import Any
 from intervale.core.errors import UserError
 from intervale.core.files import read_json
 from intervale.core.records import Record, data_digest, read_records
+from intervale.data.corpus import reads_whole
 from intervale.evaluate.contamination import contamination
 from intervale.evaluate.seen import in_words
 from intervale.model.adapt import BASE, base_folder, checkpoint_fingerprint, checkpoint_of
@@ -99,7 +100,7 @@ def _compared(train: dict[str, Any], digest: str, records: Sequence[Record], tel
         return told
     file = Path(train.get("file") or "")
     try:
-        training = read_records(file) if file.is_file() else []
+        training = read_records(file) if reads_whole([file]) and file.is_file() else []  # millions of items, or an archive: not compared
     except UserError:
         training = []
     if not training or data_digest(training) != train["digest"]:

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +111,23 @@ def merge_into(network: torch.nn.Module, dtype_of: Callable[[str], torch.dtype])
     return changed
 
 
-def save_trained(folder: Path, network: torch.nn.Module, base: dict[str, str]) -> None:
-    """Write what training changed, and `base` (name, folder, fingerprint), into an existing folder (a staged one)."""
+def save_trained(folder: Path, network: torch.nn.Module, base: dict[str, str], values: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write what training changed, and `base` (name, folder, fingerprint), into an existing folder (a staged one).
+
+    `values`: the tensors by name, where the network holds only parts of them.
+    """
+    values = values if values is not None else {name: p for name, p in network.named_parameters() if p.requires_grad}
     if has_lora(network):
         config: Any = network.peft_config["default"]  # type: ignore[index]
         config.base_model_name_or_path = base["folder"]
-        state = get_peft_model_state_dict(network, save_embedding_layers=False)
+        state = get_peft_model_state_dict(network, {n: t for n, t in values.items() if ".lora_" in n}, save_embedding_layers=False)
         # PEFT's loaders expect the wrapper's prefix, which the bare network does not have.
-        state = {name if name.startswith("base_model.") else f"base_model.model.{name}": t.contiguous() for name, t in state.items()}
+        state = {
+            name if name.startswith("base_model.") else f"base_model.model.{name}": t.detach().contiguous() for name, t in state.items()
+        }
         save_file(state, folder / ADAPTER, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
-    own = {name: tensor.detach().contiguous() for name, tensor in trained_tensors(network).items()}
+    own = {name: tensor.detach().contiguous() for name, tensor in values.items() if ".lora_" not in name}
     if own:
         save_file(own, folder / TRAINED, metadata={"format": "pt"})
     write_json(folder / BASE, base)

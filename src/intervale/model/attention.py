@@ -51,6 +51,8 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """The layout on a device, with the masks, which are made there."""
+        if self.masks and self.begins_R.device.type == device.type:
+            return self
         begins, positions = (t.to(device, non_blocking=True) for t in (self.begins_R, self.positions_T))
         each = begins.split([group.rows for group in self.groups])
         masks = tuple(_branch_mask(group, own) if group.branches else None for group, own in zip(self.groups, each, strict=True))

@@ -38,16 +38,24 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Walk:
-    """How the layers are walked: compiled, recomputed on the way back (activations of one layer at a time), with fast LoRA layers."""
+    """How the layers are walked: compiled, recomputed on the way back (activations of one layer at a time), with fast LoRA layers.
+
+    `whole`: each layer is called as one, the last too, for engines that gather a layer's parameters when it is called.
+    """
 
     compiled: bool = False
     recompute: bool = False
     adapter: Adapter | None = None
+    whole: bool = False
 
 
 def _whole(layer: torch.nn.Module, hidden_1TD: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     if _splits(layer):
         return _mlp_part(layer, _attention_part(layer, hidden_1TD, options))
+    return _called(layer, hidden_1TD, options)
+
+
+def _called(layer: torch.nn.Module, hidden_1TD: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     seen: torch.Tensor = layer(hidden_1TD, attention_mask=None, past_key_values=None, use_cache=False, **options)
     return seen
 
@@ -130,11 +138,12 @@ def hidden_at_targets(
 
     hidden_1TD = embedded_1TD
     compiled = walk.compiled and training
-    whole = _compiled(_whole) if compiled else _whole
+    plain = _called if walk.whole else _whole
+    whole = _compiled(plain) if compiled else plain
     with preferred(embedded_1TD.device) if compiled else nullcontext():
         for layer in layers:
             hidden_1TD = run(whole, layer, hidden_1TD, options)
-    if not _splits(last):
-        return text.norm(run(_whole, last, hidden_1TD, options)[0, labelled_N])
+    if walk.whole or not _splits(last):
+        return text.norm(run(plain, last, hidden_1TD, options)[0, labelled_N])
     hidden_ND = run(_attention_part, last, hidden_1TD, options)[0, labelled_N]
     return text.norm(_mlp_part(last, hidden_ND))

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from intervale.core.errors import UserError
+from intervale.core.records import Record
 from intervale.data.dataset import Item
 from intervale.data.packing import grouped, pack, row_tokens
 from intervale.model.attention import Layout, layout_of
@@ -140,15 +141,20 @@ def _bins(items: Sequence[Item], packing: Packing, image_token: int) -> list[lis
     return bins
 
 
-def load_step(ids: Sequence[str], load: Callable[[int], Item], indices: Sequence[int], packing: Packing, image_token: int) -> Loaded:
+def load_step(
+    records: Sequence[Record], load: Callable[[Record], Item], indices: Sequence[int], packing: Packing, image_token: int
+) -> Loaded:
     """A step's items in micro-batches; items that cannot be read are told, not raised: the caller decides."""
     items: list[Item] = []
     bad: list[tuple[str, UserError]] = []
     for index in indices:
+        name = str(index + 1)
         try:
-            items.append(load(index))
+            record = records[index]
+            name = record.id
+            items.append(load(record))
         except UserError as error:
-            bad.append((ids[index], error))
+            bad.append((name, error))
     size = packing.items
     parts = _bins(items, packing, image_token) if packing.tokens else [items[at : at + size] for at in range(0, len(items), size)]
     return Loaded([collate(part, image_token, packing.share, packing.shapes) for part in parts], bad)

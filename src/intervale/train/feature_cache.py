@@ -14,6 +14,7 @@ from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
 from intervale.core.files import inside
+from intervale.core.records import Record
 from intervale.data.images import picture_size
 from intervale.data.pictures import Picture, count_tiles, load_tiles, pictures_of
 from intervale.data.tiling import Tiling
@@ -26,6 +27,7 @@ from intervale.train.parallel import World, wait
 from intervale.train.prepare import free_memory
 
 _CPU_BATCH, _GPU_BATCH = 16, 64  # tiles a forward pass
+_MANY = 100_000  # pictures: about a kilobyte of memory and a read of the file each
 
 
 def plan_of(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dtype, processes: int = 1) -> Plan:
@@ -38,7 +40,9 @@ def plan_of(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dt
         return Plan("live", "the vision tower learns", 0)
     if wanted == "live":
         return Plan("live", "the recipe says so", 0)
-    pictures = pictures_of(job.train)
+    if wanted == "auto" and (many := len(job.train.first_of_pictures())) > _MANY:
+        return Plan("live", f"{many:,} pictures are too many to go through before the first step (cache insists)", 0)
+    pictures = pictures_of(_with_pictures(job))
     if not pictures:
         return Plan("live", "there are no pictures", 0)
     count, tiles = count_tiles(pictures, job.side.tiling)
@@ -47,12 +51,20 @@ def plan_of(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dt
     folder = Path(named) if named else default_store_folder()
     budget = int(recipe.data.features_gib * (1 << 30))
     free = free_memory(torch.device("cpu")) // processes  # in memory each process has its own
-    plan = plan_features(need, free_ram=free, folder=folder if budget else None, disk_budget=budget, disk_first=named is not None)
+    # several processes share a folder, each computing its part; in memory each would compute and hold everything
+    plan = plan_features(
+        need, free_ram=free, folder=folder if budget else None, disk_budget=budget, disk_first=named is not None or processes > 1
+    )
     if plan.place == "live" and wanted == "cache":
         raise UserError(
             f"train.features is cache, but {plan.why}", "raise data.features_gib, name a larger disk in data.features_dir, or use auto"
         )
     return plan
+
+
+def _with_pictures(job: Job) -> list[Record]:
+    """An item for every distinct list of pictures."""
+    return [job.train[int(number)] for number in job.train.first_of_pictures()]
 
 
 def told(plan: Plan) -> str:
@@ -99,7 +111,8 @@ def fill(job: Job, world: World, network: InternVLForConditionalGeneration, dtyp
         return None
     store = _store(job, world, plan.place, plan.need)
     stage, tiling = _stage(job), job.side.tiling
-    pictures = pictures_of(job.train)
+    records = _with_pictures(job)
+    pictures = pictures_of(records)
     digest = tower_digest(job.base, projector=stage == "projected")
     share = (world.rank, world.size) if plan.place == "disk" else (0, 1)
     encoded = encode_pictures(
@@ -120,11 +133,13 @@ def fill(job: Job, world: World, network: InternVLForConditionalGeneration, dtyp
     if encoded.bad and job.recipe.data.on_bad_sample == "fail":
         raise encoded.bad[0][1]
     known: dict[str, tuple[str, int]] = {}
-    for record in job.train:
+    seen: set[tuple[Path, str]] = set()
+    for record in records:
         for image in record.images:
-            name = str(record.root / image)
-            if name in known:
+            if (record.root, image) in seen:
                 continue
+            seen.add((record.root, image))
+            name = str(record.root / image)
             path = inside(record.root, image, record.where)
             key = encoded.keys.get(path)
             if key is not None and key in store:

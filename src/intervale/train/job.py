@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,26 +18,43 @@ from transformers import InternVLForConditionalGeneration
 from intervale.core.errors import UserError
 from intervale.core.files import read_object, set_aside, write_json
 from intervale.core.lang import say
-from intervale.core.records import Record, data_digest, read_records
+from intervale.core.records import Record, data_digest
 from intervale.core.runlog import differences, read_metrics, versions
-from intervale.core.spread import spread
-from intervale.data.dataset import Size, measure
+from intervale.data.corpus import Corpus, SourceSpec, open_corpus
+from intervale.data.dataset import Size
 from intervale.data.images import PictureError
+from intervale.data.order import Order
 from intervale.model.adapt import checkpoint_of, newest_checkpoint
 from intervale.model.decoder import Adapter
 from intervale.model.load import TextSide, as_device, load_network, narrow, resolve_model, text_side
+from intervale.model.quantize import need_bitsandbytes, quantize_layers
 from intervale.model.source import build_network, fingerprint, open_source
+from intervale.train.best import scores_of
+from intervale.train.measured import Measured, measure_all, measure_corpus
 from intervale.train.nonfinite import NONFINITE
 from intervale.train.parallel import World
 from intervale.train.prepare import Cost, can_fuse, estimate, freeze_and_adapt, fused_lora, precision_of
 from intervale.train.recipe import TrainRecipe
+from intervale.train.sharded import need_deepspeed, set_apart
+from intervale.train.tracking import need_trackers
 
 Tell = Callable[[str], None]
 # What may differ between a run and its resumption without changing the mathematics of the steps that are left.
 _FREE = {
     "out": None,
-    "data": ("train", "workers", "eval", "features_dir", "features_gib"),
-    "train": ("save_steps", "save_total_limit", "eval_steps", "features", "checkpointing", "pack_tokens", "compile", "fused_lora"),
+    "log": None,
+    "data": ("train", "index", "workers", "eval", "features_dir", "features_gib"),
+    "train": (
+        "save_steps",
+        "save_total_limit",
+        "eval_steps",
+        "patience",
+        "features",
+        "checkpointing",
+        "pack_tokens",
+        "compile",
+        "fused_lora",
+    ),
 }
 
 
@@ -52,10 +69,19 @@ class Job:
     folder: Path
     base: Path
     side: TextSide
-    train: list[Record]
-    held: list[Record]
-    sizes: list[Size]
+    train: Corpus
+    held: Sequence[Record]
+    measured: Measured
     tell: Tell
+
+    @property
+    def sizes(self) -> list[Size]:
+        """The sizes that were measured: of every item, or of a sample of an indexed corpus."""
+        return self.measured.sizes
+
+    def order(self, together: bool = False) -> Order:
+        """Which items stand in which step."""
+        return self.train.order(self.recipe.train.seed, together)
 
     @property
     def per_step(self) -> int:
@@ -64,14 +90,14 @@ class Job:
 
     def steps(self, world_size: int) -> int:
         """Optimizer steps of the whole run."""
-        per_epoch = -(-len(self.train) // (self.per_step * world_size))
+        per_epoch = -(-len(self.order()) // (self.per_step * world_size))
         steps = per_epoch * self.recipe.train.epochs
         return min(steps, self.recipe.train.max_steps or steps)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest training item."""
-        return max(size.tokens for size in self.sizes)
+        return self.measured.longest
 
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
@@ -82,42 +108,28 @@ class Job:
             for key in keys or ():
                 recipe[section].pop(key)
         base = {"name": self.recipe.model, "folder": str(self.base.resolve()), "fingerprint": fingerprint(self.base)}
-        return {"base": base, "recipe": recipe, "data": data_digest(self.train)}
-
-
-def _measure_all(records: list[Record], side: TextSide, max_length: int, skip: bool) -> list[Size]:
-    """Every item's size; all faults at once. With `skip` an unreadable picture is left for the loading to list."""
-
-    def one(record: Record) -> Size | UserError:
-        try:
-            return measure(record, side.tokenizer, side.template, side.tiling, max_length)
-        except UserError as error:
-            return Size(0, 0, 0) if skip and isinstance(error, PictureError) else error
-
-    found = spread(one, records)
-    sizes = [size for size in found if isinstance(size, Size)]
-    faults = [error for error in found if isinstance(error, UserError)]
-    if faults:
-        if len(faults) == 1:
-            raise faults[0]
-        shown = "\n  ".join(fault.what for fault in faults[:10])
-        raise UserError(f"{len(faults)} items cannot be trained on:\n  {shown}", f"{faults[0].fix}; `intervale check` lists them all")
-    return sizes
+        return {"base": base, "recipe": recipe, "data": self.train.digest}
 
 
 def read_job(recipe: TrainRecipe, name: str, tell: Tell) -> Job:
     """Read and measure the data for a recipe called `name`. Raises: UserError for anything that cannot work."""
     base = resolve_model(recipe.model)
+    if recipe.parallel.strategy == "deepspeed":
+        need_deepspeed()  # said before minutes of loading
+    need_trackers(recipe.log)
+    if recipe.lora.quantize != "none":
+        need_bitsandbytes()
     if checkpoint_of(base) is not None:
         raise UserError(f"model: {base} is a training run, not a model", f"export it first: intervale export {base} DIR --format hf")
     side = text_side(base)
     side = replace(side, tiling=narrow(side.tiling, recipe.data.min_tiles, recipe.data.max_tiles))
-    train = read_records(Path(recipe.data.train))
-    held = read_records(Path(recipe.data.eval)) if recipe.data.eval else []
-    sizes = _measure_all(train, side, recipe.data.max_length, recipe.data.on_bad_sample == "skip")
-    _measure_all(held, side, recipe.data.max_length, skip=False)
+    specs = [SourceSpec(source.path, source.weight) for source in recipe.data.sources()]
+    train = open_corpus(specs, recipe.data.index, tell)
+    held: Sequence[Record] = open_corpus([SourceSpec(recipe.data.eval)], recipe.data.index, tell) if recipe.data.eval else []
+    measured = measure_corpus(train, side, recipe.data.max_length, recipe.data.on_bad_sample == "skip")
+    measure_all(held, side, recipe.data.max_length, skip=False)
     folder = Path(recipe.out or Path("runs") / name)
-    return Job(recipe, folder, base, side, train, held, sizes, tell)
+    return Job(recipe, folder, base, side, train, held, measured, tell)
 
 
 def open_folder(job: Job, resume: bool, fresh: bool) -> str:
@@ -185,7 +197,7 @@ def guarded(job: Job, world: World, new: bool) -> Iterator[None]:
                 shutil.rmtree(job.folder, ignore_errors=True)
             else:
                 with contextlib.suppress(UserError):
-                    write_run(job, "failed")
+                    write_run(job, "failed", scores_of(job.folder).told())
         raise
 
 
@@ -195,7 +207,7 @@ def write_run(job: Job, status: str, extra: dict[str, Any] | None = None) -> Non
         "kind": "intervale training run",
         "status": status,
         **job.identity(),
-        "train": {"file": str(Path(job.recipe.data.train).resolve()), "items": len(job.train), "digest": data_digest(job.train)},
+        "train": {"file": _file_of(job.recipe), "items": len(job.train), "digest": job.train.digest},
         "eval": {"file": job.recipe.data.eval, "items": len(job.held), "digest": data_digest(job.held)} if job.held else None,
         "features_dir": str(Path(job.recipe.data.features_dir).resolve()) if job.recipe.data.features_dir else None,
         "versions": versions(),
@@ -214,13 +226,33 @@ class Ready:
     adapter: Adapter | None = None
 
 
+def _file_of(recipe: TrainRecipe) -> str:
+    """The one file that was learned from, or the sources as the recipe names them."""
+    sources = recipe.data.sources()
+    return str(Path(sources[0].path).resolve()) if len(sources) == 1 else ", ".join(source.path for source in sources)
+
+
+def shards_layers(recipe: TrainRecipe, world: World) -> bool:
+    """Are the layers' parameters in parts, each whole only while it computes?"""
+    strategy = recipe.parallel.strategy
+    return world.size > 1 and (strategy == "fsdp" or (strategy == "deepspeed" and recipe.parallel.zero_stage == 3))
+
+
 def load_for(job: Job, world: World) -> Ready:
     """The network, frozen and adapted as the recipe says; its weights go from the files to the device in the type they compute in."""
     dtype = precision_of(job.recipe.train.precision, world.device)
-    network = load_network(job.base, dtype=dtype, device=world.device, image_token_id=job.side.tokenizer.control("<IMG_CONTEXT>"))
+    parted = shards_layers(job.recipe, world)  # what is dealt out by layers stays off the device as a whole
+    small = job.recipe.lora.quantize != "none"
+    device = torch.device("cpu") if parted or small else world.device
+    network = load_network(job.base, dtype=dtype, device=device, image_token_id=job.side.tokenizer.control("<IMG_CONTEXT>"))
+    if small:
+        quantize_layers(network, dtype, world.device)
     freeze_and_adapt(network, job.recipe)
-    adapter = fused_lora(network, job.recipe)
-    return Ready(network, dtype, estimate(network, job.recipe, dtype, job.longest, adapter is not None), adapter)
+    adapter = None if parted else fused_lora(network, job.recipe)
+    cost = estimate(network, job.recipe, dtype, adapter is not None)
+    if world.size > 1 and job.recipe.parallel.strategy in ("fsdp", "deepspeed"):
+        set_apart(network, world.device)
+    return Ready(network, dtype, cost, adapter)
 
 
 def plan_for(job: Job, world: World) -> Ready:
@@ -229,23 +261,17 @@ def plan_for(job: Job, world: World) -> Ready:
     network = build_network(open_source(job.base, job.side.tokenizer.control("<IMG_CONTEXT>")).config)
     freeze_and_adapt(network, job.recipe)
     fused = job.recipe.train.fused_lora != "off" and can_fuse(world.device)
-    return Ready(network, dtype, estimate(network, job.recipe, dtype, job.longest, fused))
-
-
-def picture_groups(job: Job) -> tuple[int, ...]:
-    """For each training item the number of its group: items about the same pictures are one, text alone is its own."""
-    numbers: dict[object, int] = {}
-    return tuple(
-        numbers.setdefault((record.root, record.images) if record.images else place, len(numbers)) for place, record in enumerate(job.train)
-    )
+    return Ready(network, dtype, estimate(network, job.recipe, dtype, fused))
 
 
 def share_prefixes(job: Job) -> tuple[bool, str]:
     """(do questions on one picture share its tokens?, a line for the log or ''). The step's mathematics are the same without dropout."""
     wanted = job.recipe.train.share_prefix
     drops = bool(job.recipe.lora_targets()) and job.recipe.lora.dropout > 0
-    each = len(job.train) / (max(picture_groups(job)) + 1)
-    if wanted == "off" or (wanted == "auto" and (drops or each < _WORTH_SHARING)):
+    if wanted == "off" or (wanted == "auto" and drops):
+        return False, ""
+    each = len(job.train) / (int(job.train.groups().max()) + 1)
+    if wanted == "auto" and each < _WORTH_SHARING:
         return False, ""
     told = say(
         f"{each:.1f} questions a picture: they share its tokens and stand in the same step",

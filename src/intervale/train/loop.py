@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
 from intervale.core.files import locked, write_atomic
@@ -23,18 +24,22 @@ from intervale.core.lang import say
 from intervale.core.runlog import forget_after
 from intervale.model.decoder import Walk
 from intervale.train import job as jobs
+from intervale.train.best import scores_of
 from intervale.train.feature_cache import KeptFeatures, fill, plan_of, told
 from intervale.train.job import Job
 from intervale.train.memory import first_fit, in_words
-from intervale.train.optimizer import Optimizers, make_optimizer
+from intervale.train.optimizer import make_optimizer
 from intervale.train.parallel import World, join_world, leave_world, sum_values, wait
 from intervale.train.plot import draw_losses
 from intervale.train.prepare import GIB, free_memory, worth_compiling
 from intervale.train.recipe import TrainRecipe
 from intervale.train.resume import already_skipped, go_on, sweep
+from intervale.train.sharded import Fsdp, Zero
 from intervale.train.state import Progress
 from intervale.train.step import Compute
 from intervale.train.steps import Loop, run_steps, tile_cache
+from intervale.train.strategy import Plain, spare_batch
+from intervale.train.tracking import Trackers
 
 SIGNAL_EXIT = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -94,12 +99,12 @@ def _memory(job: Job) -> Iterator[None]:
 
 
 def _describe(job: Job, world: World, total: int) -> str:
-    tokens = sum(size.tokens for size in job.sizes)
-    targets = sum(size.targets for size in job.sizes)
+    tokens, targets = job.measured.an_epoch()
+    about = "" if job.measured.exact else say("about ", "约 ")
     share = job.per_step * world.size
     return say(
-        f"{len(job.train)} items, {tokens:,} tokens ({targets:,} of them targets) an epoch; {total} steps of {share} items",
-        f"{len(job.train)} 条数据，每轮 {tokens:,} 个 token（其中 {targets:,} 个计入损失）；共 {total} 步，每步 {share} 条",
+        f"{len(job.train):,} items, {about}{tokens:,} tokens ({targets:,} of them targets) an epoch; {total} steps of {share} items",
+        f"{len(job.train):,} 条数据，每轮{about} {tokens:,} 个 token（其中 {targets:,} 个计入损失）；共 {total} 步，每步 {share} 条",
     )
 
 
@@ -107,15 +112,20 @@ def _dry_run(job: Job, world: World) -> Outcome:
     ready = jobs.plan_for(job, world)
     network, dtype, cost = ready.network, ready.dtype, ready.cost
     total = job.steps(world.size)
-    tokens = sum(size.tokens for size in job.sizes) * job.recipe.train.epochs
-    longest = max(size.tokens for size in job.sizes)
+    tokens = job.measured.an_epoch()[0] * job.recipe.train.epochs
+    longest = job.measured.longest
+    free = free_memory(world.device)
+    fit = first_fit(job.recipe, world.device, longest, free - cost.weights - cost.optimizer, cost.kept, cost.recomputed)
+    at_once = min(fit.tokens, job.per_step * longest) if fit.tokens else job.recipe.train.batch_size * longest
+    activations = at_once * (cost.recomputed if fit.recompute else cost.kept)
+    whole = cost.weights + cost.optimizer + activations
     lines = [
         _describe(job, world, total),
         f"steps: {total}",
         f"tokens: {tokens:,} in {job.recipe.train.epochs} epochs; the longest item has {longest:,} (data.max_length {job.recipe.data.max_length:,})",
         f"parameters: {cost.parameters:,}, trainable: {cost.trainable:,} ({cost.trainable / cost.parameters:.2%})",
-        f"memory, estimated: {cost.total / GIB:.2f} GiB = weights {cost.weights / GIB:.2f} + gradients and optimizer "
-        f"{cost.optimizer / GIB:.2f} + activations {cost.activations / GIB:.2f}; free on {world.device}: {free_memory(world.device) / GIB:.1f} GiB",
+        f"memory, estimated: {whole / GIB:.2f} GiB = weights {cost.weights / GIB:.2f} + gradients and optimizer {cost.optimizer / GIB:.2f} + "
+        f"activations {activations / GIB:.2f} ({in_words(fit, job.recipe)}); free on {world.device}: {free / GIB:.1f} GiB",
         f"disk: {cost.checkpoint / GIB:.2f} GiB a checkpoint, {_kept(job, total)} kept",
         f"precision: {str(dtype).removeprefix('torch.')}; features: {told(plan_of(job, network, dtype, world.size))}",
         f"out: {job.folder} (nothing was written)",
@@ -136,7 +146,6 @@ def _train(job: Job, world: World, state: str, accept_changes: bool, begun: floa
     ready = jobs.load_for(job, world)
     network, dtype, cost = ready.network, ready.dtype, ready.cost
     plan = plan_of(job, network, dtype, world.size)
-    optimizer = make_optimizer(network, job.recipe)
     total = job.steps(world.size)
     job.tell(_describe(job, world, total))
     job.tell(
@@ -148,39 +157,69 @@ def _train(job: Job, world: World, state: str, accept_changes: bool, begun: floa
     )
     if world.first:
         sweep(job.folder)
-    progress = go_on(job, network, optimizer, accept_changes) if state == "resume" else Progress()
+    progress, moments = go_on(job, network, accept_changes) if state == "resume" else (Progress(), {})
     share, why_share = jobs.share_prefixes(job)
     if why_share:
         job.tell(why_share)
     kept = fill(job, world, network, dtype, plan)
-    loop = _loop_of(job, world, ready, optimizer, kept, progress)
-    loop.total, loop.share, loop.begun = total, share, begun
+    loop = _loop_of(job, world, ready, kept, progress)
+    loop.strategy.restore_moments(moments)
+    loop.total, loop.share, loop.begun, loop.an_epoch = total, share, begun, len(job.order())
     loop.skipped |= already_skipped(job.folder)
     if world.first:
-        jobs.write_run(job, "running")
         forget_after(job.folder, progress.step)
+        jobs.write_run(job, "running", scores_of(job.folder).told())
         write_atomic(job.folder / "recipe.json", job.recipe.model_dump_json(indent=2) + "\n")
     wait(world)
-    with _signals(loop):
-        run_steps(loop)
+    loop.scores = scores_of(job.folder)
+    if world.first:
+        loop.trackers = Trackers(job.recipe.log, job.folder, job.identity(), progress.step, job.tell)
+    try:
+        with _signals(loop):
+            run_steps(loop)
+    finally:
+        if loop.trackers is not None:
+            loop.trackers.close()
     return _finish(loop)
 
 
-def _loop_of(job: Job, world: World, ready: jobs.Ready, optimizer: Optimizers, kept: KeptFeatures | None, progress: Progress) -> Loop:
+def _loop_of(job: Job, world: World, ready: jobs.Ready, kept: KeptFeatures | None, progress: Progress) -> Loop:
     """What the steps need, with the plan for the memory and whether layers are compiled; both are told."""
     recipe, cost, device = job.recipe, ready.cost, world.device
     total = job.steps(world.size)
-    tokens = sum(size.tokens for size in job.sizes) * recipe.train.epochs * (total - progress.step) // max(1, total) // world.size
-    compiled = worth_compiling(recipe, device, cost.parameters, tokens)
-    walk = Walk(compiled=compiled, adapter=ready.adapter)
+    tokens = job.measured.an_epoch()[0] * recipe.train.epochs * (total - progress.step) // max(1, total) // world.size
+    parted, small = jobs.shards_layers(recipe, world), recipe.lora.quantize != "none"
+    compiled = worth_compiling(recipe, device, cost.parameters, tokens) and not parted and not small
+    walk = Walk(compiled=compiled, adapter=ready.adapter, whole=parted)
     compute = Compute(ready.dtype, device, job.side.tokenizer.control("<IMG_CONTEXT>"), kept, walk)
-    loop = Loop(job, world, ready.network, optimizer, compute, tile_cache(job, world), kept.known if kept else None, total, progress)
+    strategy = _strategy(ready.network, recipe, world, compute)
+    loop = Loop(
+        job,
+        world,
+        ready.network,
+        strategy.optimizer,
+        strategy,
+        compute,
+        tile_cache(job, world),
+        kept.known if kept else None,
+        total,
+        progress,
+    )
     room = free_memory(device) - cost.optimizer  # the weights are there already
     loop.refit(first_fit(recipe, device, job.longest, room, cost.kept, cost.recomputed))
     lora = say(", LoRA fused", "，LoRA 已融合") if ready.adapter else ""
     layers = say(", layers compiled", "，已编译各层") if compiled else ""
     job.tell(say("a step: ", "每步：") + in_words(loop.fit, recipe) + lora + layers)
     return loop
+
+
+def _strategy(network: InternVLForConditionalGeneration, recipe: TrainRecipe, world: World, compute: Compute) -> Plain | Fsdp | Zero:
+    """Who makes the passes; one process alone has nothing to share."""
+    if world.size > 1 and recipe.parallel.strategy == "fsdp":
+        return Fsdp(network, recipe, world)
+    if world.size > 1 and recipe.parallel.strategy == "deepspeed":
+        return Zero(network, recipe, world, spare_batch(), compute)
+    return Plain(network, make_optimizer(network, recipe), world)
 
 
 @contextmanager
@@ -210,7 +249,8 @@ def _finish(loop: Loop) -> Outcome:
     if loop.world.first:
         status = "done" if done else "stopped"
         draw_losses(job.folder)
-        jobs.write_run(job, status, {"step": loop.progress.step, "seconds": round(loop.progress.seconds, 1), "skipped": len(loop.skipped)})
+        facts = {"step": loop.progress.step, "seconds": round(loop.progress.seconds, 1), "skipped": len(loop.skipped)}
+        jobs.write_run(job, status, facts | {"stopped_early": loop.total < job.steps(loop.world.size)} | loop.scores.told())
     if done:
         for line in jobs.last_words(job):
             job.tell(line)

@@ -83,6 +83,11 @@ class Optimizers:
         """The names of what is kept for a parameter: another optimizer's moments in a checkpoint are nothing to this one."""
         return ("momentum_buffer",) if id(parameter) in self._by_muon else ("exp_avg", "exp_avg_sq", "step")
 
+    def only(self) -> torch.optim.Optimizer:
+        """The one optimizer behind this face, for an engine that takes one."""
+        (part,) = self._parts
+        return part
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
         for part in self._parts:

@@ -1,4 +1,4 @@
-"""Several processes on one optimizer step (started by torchrun): who they are, and sums across them.
+"""Several processes on one optimizer step (started by us, torchrun or accelerate): who they are, and sums across them.
 
 The step's mathematics do not depend on their number: each takes its share of the step's items, losses are divided by the
 target tokens of the whole step, and gradients are added up. One process: every function here is the identity.
@@ -33,15 +33,22 @@ class World:
 
 
 def join_world(strategy: str, device: str) -> World:
-    """Join the processes torchrun started. Raises: UserError when recipe and launcher disagree."""
+    """Join the processes that were started with this one. Raises: UserError when recipe, launcher and machine disagree."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(0, 1, torch.device(device))
-    if strategy != "ddp":
-        raise UserError(f"torchrun started {size} processes, but parallel.strategy is {strategy!r}", "set parallel.strategy to ddp")
+    if strategy == "single":
+        raise UserError(
+            f"{size} processes were started, but parallel.strategy is 'single'", "set parallel.strategy to ddp, fsdp or deepspeed"
+        )
     local = int(os.environ.get("LOCAL_RANK", "0"))
     here = torch.device(f"cuda:{local}" if device == "cuda" else device)
     if here.type == "cuda":
+        count = torch.cuda.device_count()
+        if local >= count:
+            raise UserError(
+                f"process {local + 1} of this machine has no GPU of its own: there are {count}", f"start {count} processes here"
+            )
         torch.cuda.set_device(here)
     dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
     return World(dist.get_rank(), size, here)
@@ -62,15 +69,23 @@ def sum_values(world: World, values: list[float]) -> list[float]:
     return [float(value) for value in total]
 
 
+def most_of(world: World, value: int) -> int:
+    """The largest value over all processes."""
+    if world.size == 1:
+        return value
+    most = torch.tensor(value, device=world.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
+
+
 def sum_gradients(world: World, parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Add every gradient up over all processes, in place; a process without one counts as zero."""
+    """Add every gradient up over all processes, in place; each parameter has one."""
     if world.size == 1:
         return
     bucket: list[torch.Tensor] = []
     filled = 0
     for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+        assert parameter.grad is not None
         bucket.append(parameter.grad)
         filled += parameter.numel()
         if filled >= _BUCKET:

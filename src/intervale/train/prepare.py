@@ -13,6 +13,7 @@ from transformers import InternVLForConditionalGeneration
 from intervale.model.adapt import PARTS, attach_lora
 from intervale.model.attention import use_packed_attention
 from intervale.model.decoder import Adapter
+from intervale.model.quantize import BYTES_A_WEIGHT, is_quantised_later
 from intervale.train.recipe import TrainRecipe
 from intervale.train.state import trainable
 
@@ -36,7 +37,6 @@ class Cost:
     trainable: int
     weights: int
     optimizer: int
-    activations: int  # of the largest pack of `train.batch_size` items
     kept: float  # bytes of activations a token
     recomputed: float  # the same with checkpointing
 
@@ -44,11 +44,6 @@ class Cost:
     def checkpoint(self) -> int:
         """Bytes of one checkpoint: what learns and its two moments, in float32."""
         return 3 * 4 * self.trainable
-
-    @property
-    def total(self) -> int:
-        """Bytes in all."""
-        return self.weights + self.optimizer + self.activations
 
 
 def precision_of(name: str, device: torch.device) -> torch.dtype:
@@ -84,17 +79,24 @@ def set_modes(network: InternVLForConditionalGeneration, recipe: TrainRecipe, tr
         network.model.vision_tower.eval()
 
 
-def estimate(network: InternVLForConditionalGeneration, recipe: TrainRecipe, dtype: torch.dtype, longest: int, fused: bool = False) -> Cost:
-    """Bytes of weights, optimizer and activations; `longest` tokens is the longest item, `fused`: LoRA by our kernels."""
-    parameters = list(network.parameters())
-    learning = sum(p.numel() for p in parameters if p.requires_grad)
-    weights = sum(p.numel() * (4 if p.requires_grad else dtype.itemsize) for p in parameters)
+def estimate(network: InternVLForConditionalGeneration, recipe: TrainRecipe, dtype: torch.dtype, fused: bool = False) -> Cost:
+    """Bytes of weights and optimizer, and of activations a token; `fused`: LoRA by our kernels."""
+    small = recipe.lora.quantize != "none"
+    # Quantised already (two weights a byte), or only planned to be: the same count.
+    counts = {name: p.numel() * (2 if p.dtype == torch.uint8 else 1) for name, p in network.named_parameters()}
+    learns = set(trainable(network))
+    learning = sum(counts[name] for name in learns)
+
+    def each_of(name: str) -> float:
+        if small and is_quantised_later(name):
+            return BYTES_A_WEIGHT
+        return 4 if name in learns else dtype.itemsize
+
+    weights = int(sum(count * each_of(name) for name, count in counts.items()))
     with_lora = _KEPT_WITH_FUSED_LORA if fused else _KEPT_WITH_LORA
     units = with_lora if recipe.train.llm == "lora" else _KEPT_PER_LAYER
     kept, recomputed = (_activations(network, recipe, number) * dtype.itemsize for number in (units, _KEPT_CHECKPOINTED))
-    each = recomputed if recipe.train.checkpointing == "on" else kept
-    activations = int(recipe.train.batch_size * longest * each)
-    return Cost(sum(p.numel() for p in parameters), learning, weights, learning * _ADAM_BYTES, activations, kept, recomputed)
+    return Cost(sum(counts.values()), learning, weights, learning * _ADAM_BYTES, kept, recomputed)
 
 
 def _activations(network: InternVLForConditionalGeneration, recipe: TrainRecipe, units: int) -> float:

@@ -14,11 +14,20 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+class Source(BaseModel):
+    """One source of a mix: a file or a pattern of files, and how often an epoch shows its items (0.5: half of them, the rest next)."""
+
+    model_config = _Strict
+    path: str
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
 class Data(BaseModel):
     """What is read and how."""
 
     model_config = _Strict
-    train: str
+    train: str | Annotated[list[Source], Field(min_length=1)]
+    index: Literal["auto", "on", "off"] = "auto"
     eval: str | None = None
     max_length: PositiveInt = 8192
     max_tiles: PositiveInt | None = None
@@ -27,6 +36,10 @@ class Data(BaseModel):
     on_bad_sample: Literal["fail", "skip"] = "fail"
     features_dir: str | None = None
     features_gib: Number = 20
+
+    def sources(self) -> list[Source]:
+        """What `train` names, as a list."""
+        return [Source(path=self.train)] if isinstance(self.train, str) else self.train
 
 
 class Lora(BaseModel):
@@ -37,6 +50,7 @@ class Lora(BaseModel):
     alpha: Annotated[float, Field(gt=0)] = 256
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     targets: str = "llm"
+    quantize: Literal["none", "nf4"] = "none"
 
 
 class Train(BaseModel):
@@ -62,6 +76,7 @@ class Train(BaseModel):
     save_steps: PositiveInt = 64
     save_total_limit: Annotated[int, Field(ge=-1)] = 3
     eval_steps: PositiveInt | None = None
+    patience: PositiveInt | None = None
     features: Literal["auto", "cache", "live"] = "auto"
     share_prefix: Literal["auto", "on", "off"] = "auto"
     checkpointing: Literal["auto", "on", "off"] = "auto"
@@ -71,10 +86,21 @@ class Train(BaseModel):
 
 
 class Parallel(BaseModel):
-    """How many processes work on a step (started with torchrun)."""
+    """How many processes work on a step, and who holds what."""
 
     model_config = _Strict
-    strategy: Literal["single", "ddp"] = "single"
+    strategy: Literal["single", "ddp", "fsdp", "deepspeed"] = "single"
+    processes: PositiveInt | None = None
+    zero_stage: Literal[1, 2, 3] = 2
+
+
+class Log(BaseModel):
+    """Where the numbers are copied to: true, or for the services the name of a project."""
+
+    model_config = _Strict
+    tensorboard: bool = False
+    wandb: bool | str = False
+    swanlab: bool | str = False
 
 
 class TrainRecipe(BaseModel):
@@ -87,6 +113,7 @@ class TrainRecipe(BaseModel):
     lora: Lora = Lora()
     train: Train = Train()
     parallel: Parallel = Parallel()
+    log: Log = Log()
 
     @model_validator(mode="after")
     def _something_learns(self) -> TrainRecipe:
@@ -100,6 +127,21 @@ class TrainRecipe(BaseModel):
             raise ValueError("lora.targets names vision: set train.vision to lora too, or leave it out")
         if self.train.save_total_limit == 0:
             raise ValueError("train.save_total_limit is 0: use -1 to keep all checkpoints, or a positive number")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_fit(self) -> TrainRecipe:
+        strategy, processes = self.parallel.strategy, self.parallel.processes
+        if strategy == "single" and (processes or 1) > 1:
+            raise ValueError(f"parallel.processes is {processes}: set parallel.strategy to ddp, fsdp or deepspeed")
+        if strategy in ("fsdp", "deepspeed") and self.train.optimizer == "muon":
+            raise ValueError(f"train.optimizer muon needs whole matrices, and parallel.strategy {strategy} splits them: use adamw or ddp")
+        if self.lora.quantize != "none" and self.train.llm != "lora":
+            raise ValueError("lora.quantize is for a frozen language model under LoRA: set train.llm to lora")
+        if self.lora.quantize != "none" and (strategy == "fsdp" or (strategy == "deepspeed" and self.parallel.zero_stage == 3)):
+            raise ValueError("lora.quantize needs whole layers: use parallel.strategy ddp, or deepspeed with zero_stage 1 or 2")
+        if self.train.patience and not (self.data.eval and self.train.eval_steps):
+            raise ValueError("train.patience counts held-out evaluations: set data.eval and train.eval_steps too")
         return self
 
     def lora_targets(self) -> str:

@@ -17,7 +17,7 @@ from intervale.core.files import disk_errors, read_object
 from intervale.core.lang import say
 from intervale.model.adapt import CHECKPOINTS
 from intervale.train.job import Job, changed_since
-from intervale.train.state import STATE, Progress, Stateful, choose_checkpoint, restore
+from intervale.train.state import STATE, Progress, choose_checkpoint, restore_weights, stored_moments
 
 SKIPPED = "skipped.jsonl"
 
@@ -49,17 +49,17 @@ def list_skipped(run: Path, name: str, why: str) -> None:
         file.write(json.dumps({"id": name, "why": why}, ensure_ascii=False) + "\n")
 
 
-def go_on(job: Job, network: torch.nn.Module, optimizer: Stateful, accept_changes: bool) -> Progress:
-    """Restore the newest checkpoint that verifies; from step 0 when none does.
+def go_on(job: Job, network: torch.nn.Module, accept_changes: bool) -> tuple[Progress, dict[str, dict[str, torch.Tensor]]]:
+    """Restore the weights of the newest checkpoint that verifies; returns where it stands and its moments (none, at step 0, when none does).
 
-    Raises: UserError listing what changed since (unless `accept_changes`), or when the tensors do not fit the network.
+    The network must still be whole. Raises: UserError listing what changed since (unless `accept_changes`), or when the tensors do not fit.
     """
     chosen, skipped = choose_checkpoint(job.folder)
     for line in skipped:
         job.tell(say(f"skipped {line}", f"跳过 {line}"))
     if chosen is None:
         job.tell(say("no checkpoint to resume from: starting at step 0", "没有可恢复的检查点：从第 0 步开始"))
-        return Progress()
+        return Progress(), {}
     changed = changed_since(read_object(chosen / STATE, "identity")["identity"], job)
     if changed and not accept_changes:
         raise UserError(
@@ -68,6 +68,6 @@ def go_on(job: Job, network: torch.nn.Module, optimizer: Stateful, accept_change
         )
     for line in changed:
         job.tell(say(f"changed since, as accepted: {line}", f"已接受的改动：{line}"))
-    progress = restore(chosen, network, optimizer)
+    progress = restore_weights(chosen, network)
     job.tell(say(f"resuming from {chosen} (step {progress.step})", f"从 {chosen} 恢复（第 {progress.step} 步）"))
-    return progress
+    return progress, stored_moments(chosen, network)

@@ -21,7 +21,7 @@ from intervale.core.files import need_space, read_object, staged_folder, write_j
 from intervale.model.adapt import ADAPTER, CHECKPOINTS, TRAINED, load_trained, save_trained, verify_checkpoint, write_manifest
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
+MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
 
 
 class Stateful(Protocol):
@@ -40,45 +40,74 @@ class Progress:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Tensors:
+    """What a checkpoint holds, whole: everything that learns by name, and the moments of each."""
+
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, dict[str, torch.Tensor]]
+
+
 def trainable(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Every parameter that learns, by name, in a fixed order."""
     return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
+def moments_by_name(named: dict[str, torch.nn.Parameter], optimizer: Stateful) -> dict[str, dict[str, torch.Tensor]]:
+    """The optimizer's state of each parameter."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in named.items():
+        entries = optimizer.state.get(parameter, {})
+        assert entries.keys() <= set(MOMENTS), f"unknown optimizer state {entries.keys()}"
+        found[name] = {key: torch.as_tensor(value) for key, value in entries.items()}
+    return found
+
+
 def save_checkpoint(
-    run: Path, network: torch.nn.Module, optimizer: Stateful, progress: Progress, identity: dict[str, Any], keep: int
+    run: Path,
+    network: torch.nn.Module,
+    optimizer: Stateful,
+    progress: Progress,
+    identity: dict[str, Any],
+    keep: int,
+    tensors: Tensors | None = None,
+    spared: str | None = None,
 ) -> Path:
-    """Write checkpoint `progress.step`, then drop all but the newest `keep` (-1: keep all). Raises: UserError on a full disk."""
+    """Write checkpoint `progress.step`, then drop all but the newest `keep` (-1: keep all) and the one named `spared`.
+
+    `tensors`: what was gathered where the network holds parts only. Raises: UserError on a full disk.
+    """
     folder = run / CHECKPOINTS / f"step-{progress.step:08d}"
     named = trainable(network)
-    need_space(folder, 3 * sum(parameter.nbytes for parameter in named.values()))
+    tensors = tensors or Tensors(dict(named), moments_by_name(named, optimizer))
+    need_space(folder, 3 * sum(tensor.nbytes for tensor in tensors.weights.values()))
     if folder.is_dir():
         if not verify_checkpoint(folder):
-            _rotate(folder, keep)  # a kill may have come between the save and this
+            _rotate(folder, keep, spared)  # a kill may have come between the save and this
             return folder
         shutil.rmtree(folder)  # damaged; what is written now takes its place
     with staged_folder(folder) as aside:
-        save_trained(aside, network, identity["base"])
-        moments: dict[str, torch.Tensor] = {}
-        for name, parameter in named.items():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                assert key in _MOMENTS, f"unknown optimizer state {key}"
-                moments[f"{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+        save_trained(aside, network, identity["base"], tensors.weights)
+        moments = {
+            f"{key}.{name}": value.detach().cpu().contiguous()
+            for name, entries in tensors.moments.items()
+            for key, value in entries.items()
+        }
         save_file(moments, aside / OPTIMIZER)
         write_json(aside / STATE, asdict(progress) | {"identity": identity})
         write_manifest(aside, progress.step)
-    _rotate(folder, keep)
+    _rotate(folder, keep, spared)
     return folder
 
 
-def _rotate(newest: Path, keep: int) -> None:
-    """Keep the newest `keep` up to the one just written. Later ones were found damaged by the resume that led here."""
+def _rotate(newest: Path, keep: int, spared: str | None = None) -> None:
+    """Keep the newest `keep` up to the one just written, and `spared`. Later ones were found damaged by the resume that led here."""
     if keep < 0:
         return
     names = sorted(path.name for path in newest.parent.glob("step-*"))
     kept = [name for name in names if name <= newest.name][-keep:]
     for name in names:
-        if name not in kept:
+        if name not in kept and name != spared:
             shutil.rmtree(newest.parent / name)
 
 
@@ -98,6 +127,13 @@ def restore(folder: Path, network: torch.nn.Module, optimizer: Stateful) -> Prog
 
     Raises: UserError when a tensor does not fit; then the network is not to be used.
     """
+    progress = restore_weights(folder, network)
+    put_moments(trainable(network), optimizer, stored_moments(folder, network))
+    return progress
+
+
+def restore_weights(folder: Path, network: torch.nn.Module) -> Progress:
+    """`restore` without the optimizer."""
     if (folder / TRAINED).is_file():
         load_trained(network, folder / TRAINED)
     parameters = dict(network.named_parameters())
@@ -105,16 +141,27 @@ def restore(folder: Path, network: torch.nn.Module, optimizer: Stateful) -> Prog
         own = name.removeprefix("base_model.model.").replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
         with torch.no_grad():
             _fitting(folder, own, parameters.get(own), tensor).copy_(tensor)
-    moments = load_file(folder / OPTIMIZER)
-    used = getattr(optimizer, "moments_of", lambda parameter: _MOMENTS)
-    for name, parameter in trainable(network).items():
-        entries = {key: moments[f"{key}.{name}"] for key in used(parameter) if f"{key}.{name}" in moments}
-        for key in entries.keys() - {"step"}:
-            _fitting(folder, name, parameter, entries[key])
-        if entries:
-            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
     state = read_object(folder / STATE, "step", "samples", "tokens", "seconds")
     return Progress(state["step"], state["samples"], state["tokens"], state["seconds"])
+
+
+def stored_moments(folder: Path, network: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """The moments of everything that learns, by name; the network must still be whole. Raises: UserError when one does not fit."""
+    moments = load_file(folder / OPTIMIZER)
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in trainable(network).items():
+        found[name] = {key: moments[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in moments}
+        for key in found[name].keys() - {"step"}:
+            _fitting(folder, name, parameter, found[name][key])
+    return found
+
+
+def put_moments(named: dict[str, torch.nn.Parameter], optimizer: Stateful, stored: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Stored moments into an optimizer, on each parameter's device; those of another optimizer's kind are left out."""
+    used = getattr(optimizer, "moments_of", lambda parameter: MOMENTS)
+    for name, parameter in named.items():
+        if entries := {key: value for key, value in stored.get(name, {}).items() if key in used(parameter)}:
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in entries.items()}
 
 
 def _fitting(folder: Path, name: str, own: torch.Tensor | None, stored: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,9 @@ sums are divided once, by the step's own count. Legend: T tokens of a pack, P ti
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -47,16 +48,38 @@ class Compute:
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else contextlib.nullcontext()
 
 
-@dataclass
-class Sums:
-    """Added up over micro-batches: loss, correct targets, targets, positions; `each` is the loss of every micro-batch."""
+Losses = Callable[[InternVLForConditionalGeneration, Batch, Compute], tuple[torch.Tensor, torch.Tensor]]
 
-    loss: float = 0.0
-    correct: int = 0
+
+@dataclass(frozen=True)
+class Sums:
+    """Added up over micro-batches. `found`: (loss, correct targets) of each, on the device; the numbers wait for it when they are first
+    asked for, so ask late."""
+
     targets: int = 0
     positions: int = 0
     samples: int = 0
-    each: list[float] = field(default_factory=list)
+    found: tuple[torch.Tensor, ...] = ()
+
+    @cached_property
+    def _numbers(self) -> list[list[float]]:
+        numbers: list[list[float]] = torch.stack(self.found).tolist() if self.found else []
+        return numbers
+
+    @property
+    def each(self) -> list[float]:
+        """The loss of every micro-batch, summed over its targets."""
+        return [loss for loss, _ in self._numbers]
+
+    @property
+    def loss(self) -> float:
+        """The loss, summed over all targets."""
+        return sum(self.each)
+
+    @property
+    def correct(self) -> int:
+        """Targets that were the most likely token."""
+        return int(sum(correct for _, correct in self._numbers))
 
 
 def _features(network: InternVLForConditionalGeneration, batch: Batch, compute: Compute) -> torch.Tensor | None:
@@ -89,28 +112,69 @@ def batch_losses(network: InternVLForConditionalGeneration, batch: Batch, comput
         return target_losses(network, embedded_1TD, batch.positions_1T, batch.layout, batch.labelled_N, batch.targets_N, compute.walk)
 
 
-def accumulate(network: InternVLForConditionalGeneration, batches: Sequence[Batch], compute: Compute, step_targets: int) -> Sums:
-    """Add the gradients of (sum of losses / `step_targets`) of every micro-batch; `step_targets` is the whole step's count."""
+class Passes(Protocol):
+    """Who makes the passes where the network holds only parts of its tensors (`train.strategy`)."""
+
+    def losses(self, plain: Losses, batch: Batch, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss of every target, is it the most likely token)."""
+        ...
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of a micro-batch; `last`: the step's last."""
+        ...
+
+
+def accumulate(
+    network: InternVLForConditionalGeneration,
+    batches: Sequence[Batch],
+    compute: Compute,
+    step_targets: int,
+    passes: Passes | None = None,
+    idle: Sequence[Batch] = (),
+) -> Sums:
+    """Add the gradients of (sum of losses / `step_targets`) of every micro-batch; `step_targets` is the whole step's count.
+
+    `idle` micro-batches are gone through because others go through as many: they add and count nothing.
+    """
     adapter = compute.walk.adapter
     if adapter is not None:
         adapter.refresh()
     found = []
-    for batch in batches:
+    for number, batch in enumerate((*batches, *idle)):
         if adapter is not None:
             adapter.draw()
-        losses_N, correct_N = batch_losses(network, batch.to(compute.device), compute)
-        (losses_N.sum() / step_targets).backward()
+        losses_N, correct_N = _pass(network, batch, compute, passes)
+        loss = losses_N.sum() / step_targets if number < len(batches) else 0.0 * losses_N.sum()
+        if passes is None:
+            loss.backward()
+        else:
+            passes.backward(loss, number + 1 == len(batches) + len(idle))
         found.append(_summed(losses_N, correct_N))
-    return _count(batches, found)
+    return _count(batches, found[: len(batches)])
+
+
+def _pass(
+    network: InternVLForConditionalGeneration, batch: Batch, compute: Compute, passes: Passes | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = batch.to(compute.device)
+    return batch_losses(network, batch, compute) if passes is None else passes.losses(batch_losses, batch, compute)
 
 
 @torch.no_grad()
-def held_out(network: InternVLForConditionalGeneration, batches: Iterable[Batch], compute: Compute) -> Sums:
+def held_out(
+    network: InternVLForConditionalGeneration,
+    batches: Iterable[Batch],
+    compute: Compute,
+    passes: Passes | None = None,
+    idle: Sequence[Batch] = (),
+) -> Sums:
     """The same sums without gradients; the network should be in eval mode."""
     seen, found = [], []
     for batch in batches:
-        found.append(_summed(*batch_losses(network, batch.to(compute.device), compute)))
+        found.append(_summed(*_pass(network, batch, compute, passes)))
         seen.append(replace(batch, tiles_PHWC=batch.tiles_PHWC[:0]))
+    for batch in idle:
+        _pass(network, batch, compute, passes)
     return _count(seen, found)
 
 
@@ -120,12 +184,6 @@ def _summed(losses_N: torch.Tensor, correct_N: torch.Tensor) -> torch.Tensor:
 
 
 def _count(batches: Sequence[Batch], found: Sequence[torch.Tensor]) -> Sums:
-    numbers = torch.stack(list(found)).tolist() if found else []
-    return Sums(
-        sum(loss for loss, _ in numbers),
-        int(sum(correct for _, correct in numbers)),
-        sum(batch.targets for batch in batches),
-        sum(batch.tokens for batch in batches),
-        sum(len(batch.ids) for batch in batches),
-        [loss for loss, _ in numbers],
-    )
+    counts = ((batch.targets, batch.tokens, len(batch.ids)) for batch in batches)
+    targets, tokens, samples = (sum(numbers) for numbers in zip(*counts, strict=True)) if batches else (0, 0, 0)
+    return Sums(targets, tokens, samples, tuple(found))

@@ -11,32 +11,34 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
 from intervale.core.lang import say
+from intervale.core.records import Record
 from intervale.core.runlog import append_metrics
-from intervale.data.dataset import Item, TileCache, load_item, step_items
+from intervale.data.dataset import Item, TileCache, load_item
 from intervale.data.images import PictureError
-from intervale.train import job as jobs
+from intervale.data.order import deal
 from intervale.train.batches import Batch, Loaded, Packing, collate, load_ahead, load_step
-from intervale.train.job import Job
+from intervale.train.best import Scores
+from intervale.train.job import Job, write_run
 from intervale.train.memory import Fit, after_first_step, in_words, lower
 from intervale.train.moving import moved
 from intervale.train.nonfinite import keep_step
 from intervale.train.optimizer import Optimizers
-from intervale.train.parallel import World, sum_gradients, sum_values, wait
+from intervale.train.parallel import World, sum_values, wait
 from intervale.train.plot import draw_losses
 from intervale.train.prepare import recompute_tower, set_modes, used_memory
 from intervale.train.resume import list_skipped
 from intervale.train.schedule import learning_rate
-from intervale.train.state import Progress, save_checkpoint, trainable
+from intervale.train.state import Progress, save_checkpoint
 from intervale.train.step import Compute, Sums, accumulate, held_out
+from intervale.train.strategy import Strategy, idle_passes, spare_batch
+from intervale.train.tracking import Trackers
 
 _PLOT_SECONDS, _TELL_SECONDS = 20.0, 5.0
 _TILES_KEPT = 1 << 30  # bytes of decoded tiles
@@ -52,6 +54,7 @@ class Loop:
     world: World
     network: InternVLForConditionalGeneration
     optimizer: Optimizers
+    strategy: Strategy
     compute: Compute
     cache: TileCache
     known: Mapping[str, tuple[str, int]] | None  # the pictures whose features are kept
@@ -60,8 +63,12 @@ class Loop:
     share: bool = False
     fit: Fit = field(default_factory=lambda: Fit(0, False))
     begun: float = field(default_factory=time.monotonic)
+    an_epoch: int = 1  # items
     stop: int | None = None
     skipped: set[str] = field(default_factory=set)
+    spare: Batch = field(default_factory=spare_batch)
+    scores: Scores = field(default_factory=Scores)
+    trackers: Trackers | None = None  # of the first process
 
     def refit(self, fit: Fit) -> None:
         """Take another plan for the memory."""
@@ -96,19 +103,21 @@ def _list_bad(loop: Loop, bad: list[tuple[str, UserError]]) -> None:
 def _loader(loop: Loop) -> Iterator[Loaded]:
     """The steps that are left, made ahead, in packs as the memory allows now."""
     job, world, recipe = loop.job, loop.world, loop.job.recipe
-    ids = [record.id for record in job.train]
-    together = jobs.picture_groups(job) if loop.share else ()
+    order = job.order(loop.share)
+    groups = job.train.groups() if loop.share and world.size > 1 else None
     image_token, beside_gpu = loop.compute.image_token_id, world.device.type == "cuda"
     packing = Packing(recipe.train.batch_size, loop.fit.tokens, loop.share, _SHAPES if beside_gpu else 0)
     cache, known = loop.cache, loop.known
 
-    def load(index: int) -> Item:
-        return load_item(job.train[index], job.side.tokenizer, job.side.template, job.side.tiling, cache, known)
+    def load(record: Record) -> Item:
+        side = job.side
+        return load_item(record, side.tokenizer, side.template, side.tiling, cache, known, recipe.data.max_length)
 
     def step(number: int) -> Loaded:
-        order = step_items(len(job.train), job.per_step * world.size, recipe.train.seed, number, together)
-        own = np.array_split(order, world.size)[world.rank]  # neighbours stay together: they may share a picture
-        return load_step(ids, load, [int(i) for i in own], packing, image_token)
+        items = order.step(job.per_step * world.size, number)
+        if world.size > 1:  # as many tokens each; those on one picture stay together
+            items = deal(items, job.measured.costs(items), world.size, groups[items] if groups is not None else None)[world.rank]
+        return load_step(job.train, load, [int(i) for i in items], packing, image_token)
 
     return load_ahead(step, loop.progress.step, loop.total, recipe.data.workers, beside_gpu)
 
@@ -132,7 +141,7 @@ def _run_in_packs(loop: Loop, report: _Report) -> bool:
         report.step(entry)
         stopping = _asked_to_stop(loop)  # asked once a step, so that a signal in between cannot stop without saving
         _after_step(loop, stopping)
-        if stopping:
+        if stopping or loop.progress.step >= loop.total:
             return True
         if first and _refitted(loop, max((batch.tokens for batch in loaded.batches), default=0)):
             return False
@@ -162,7 +171,7 @@ class _Report:
         loop, now = self._loop, time.monotonic()
         if not loop.world.first:
             return
-        append_metrics(loop.job.folder, entry)
+        note(loop, entry)
         first = loop.progress.step == self.done + 1
         if first:
             loop.job.tell(say(f"first step after {now - loop.begun:.1f} s", f"{now - loop.begun:.1f} 秒后完成第一步"))
@@ -185,11 +194,14 @@ def _gradients(loop: Loop, batches: list[Batch], targets: int) -> Sums | None:
     fault: BaseException | None = None
     sums = Sums()
     try:
-        sums = accumulate(loop.network, batches, loop.compute, targets)
+        idle = idle_passes(len(batches), loop.strategy, loop.world, loop.spare)
+        sums = accumulate(loop.network, batches, loop.compute, targets, loop.strategy, idle)
     except torch.OutOfMemoryError as error:
         fault = error.with_traceback(None)  # whose frames hold the step's tensors
     if not sum_values(loop.world, [float(fault is not None)])[0]:
         return sums
+    if loop.strategy.uniform:  # others wait in the middle of a pass: this process ends, and its launcher ends them
+        raise fault or torch.OutOfMemoryError("another process has no memory left")
     fit = lower(loop.fit, loop.job.recipe, loop.job.longest)
     if fit is None:
         raise fault or torch.OutOfMemoryError("another process has no memory left")
@@ -220,9 +232,7 @@ def _one_step(loop: Loop, batches: list[Batch]) -> dict[str, Any] | None:
         sums = _gradients(loop, batches, targets)
         if sums is None:
             return None
-        parameters = list(trainable(loop.network).values())
-        sum_gradients(world, parameters)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_norm or math.inf))
+        norm = loop.strategy.clip(recipe.max_norm)
     assert sums is not None
     loss, samples, positions = sum_values(world, [sums.loss, float(sums.samples), float(sums.positions)])
     mean = loss / targets if targets else 0.0
@@ -236,7 +246,7 @@ def _one_step(loop: Loop, batches: list[Batch]) -> dict[str, Any] | None:
         }
         raise keep_step(loop.job.folder, world.rank, step + 1, batches, sums.each, about)
     if targets:
-        loop.optimizer.step()
+        loop.strategy.step()
     seconds = time.monotonic() - begun
     before = loop.progress
     loop.progress = Progress(step + 1, before.samples + int(samples), before.tokens + targets, before.seconds + seconds)
@@ -248,7 +258,7 @@ def _entry(loop: Loop, numbers: dict[str, float], counts: tuple[int, int, int], 
     samples, targets, positions = counts
     return {
         "step": loop.progress.step,
-        "epoch": round(loop.progress.samples / len(loop.job.train), 4),
+        "epoch": round(loop.progress.samples / loop.an_epoch, 4),
         **numbers,
         "samples": samples,
         "targets": targets,
@@ -267,26 +277,53 @@ def _tell_progress(loop: Loop, entry: dict[str, Any], seconds_a_step: float) -> 
     )
 
 
+def note(loop: Loop, entry: dict[str, Any]) -> None:
+    """An entry to metrics.jsonl, and to whatever else listens."""
+    append_metrics(loop.job.folder, entry)
+    if loop.trackers is not None:
+        loop.trackers.log(entry)
+
+
 def _after_step(loop: Loop, stopping: bool) -> None:
     recipe = loop.job.recipe.train
     step = loop.progress.step
-    last = step == loop.total or stopping
+    best = False
     if loop.job.held and (step == loop.total or (recipe.eval_steps and step % recipe.eval_steps == 0)):
-        _evaluate(loop)
-    if loop.world.first and (last or step % recipe.save_steps == 0):
+        best = loop.scores.add(step, _evaluate(loop))
+        if recipe.patience and loop.scores.since_best >= recipe.patience and step < loop.total:
+            _end_early(loop)
+    if best or stopping or step == loop.total or step % recipe.save_steps == 0:
         save(loop)
+        if best and loop.world.first:
+            write_run(loop.job, "running", loop.scores.told())
     wait(loop.world)
 
 
-def save(loop: Loop) -> Path:
-    """Write the checkpoint of the present step."""
-    return save_checkpoint(
-        loop.job.folder, loop.network, loop.optimizer, loop.progress, loop.job.identity(), loop.job.recipe.train.save_total_limit
+def _end_early(loop: Loop) -> None:
+    """The run is complete with this step; all processes have the same scores."""
+    loop.total = loop.progress.step
+    assert loop.scores.best is not None
+    step, loss = loop.scores.best
+    count = loop.scores.since_best
+    loop.job.tell(
+        say(
+            f"the held-out loss was lowest at step {step} ({loss:.4f}) and has not fallen in {count} evaluations: stopping early; "
+            "`intervale export RUN DIR --best` takes that step",
+            f"留出集损失在第 {step} 步最低（{loss:.4f}），此后 {count} 次评估没有下降：提前停止；`intervale export RUN DIR --best` 使用该步",
+        )
     )
 
 
-def _evaluate(loop: Loop) -> None:
-    """Loss and share of right target tokens on the held-out items, with the adapter as it is now."""
+def save(loop: Loop) -> None:
+    """Write the checkpoint of the present step: every process gives its parts, the first writes."""
+    tensors = loop.strategy.tensors()
+    if loop.world.first:
+        job, keep = loop.job, loop.job.recipe.train.save_total_limit
+        save_checkpoint(job.folder, loop.network, loop.optimizer, loop.progress, job.identity(), keep, tensors, loop.scores.name)
+
+
+def _evaluate(loop: Loop) -> float:
+    """The loss on the held-out items, with the adapter as it is now; it is noted with the share of right target tokens."""
     job = loop.job
     set_modes(loop.network, job.recipe, False)
     records = job.held[loop.world.rank :: loop.world.size]
@@ -297,15 +334,17 @@ def _evaluate(loop: Loop) -> None:
             items = [load_item(record, side.tokenizer, side.template, side.tiling, loop.cache) for record in records[at : at + size]]
             yield collate(items, loop.compute.image_token_id)
 
-    sums = held_out(loop.network, batches(), replace(loop.compute, kept=None))
+    idle = idle_passes(-(-len(records) // size), loop.strategy, loop.world, loop.spare)
+    sums = held_out(loop.network, batches(), replace(loop.compute, kept=None), loop.strategy, idle)
     set_modes(loop.network, job.recipe, True)
     loss, correct, targets = sum_values(loop.world, [sums.loss, float(sums.correct), float(sums.targets)])
     entry = {"step": loop.progress.step, "eval_loss": loss / targets, "eval_token_accuracy": correct / targets, "eval_items": len(job.held)}
     if loop.world.first:
-        append_metrics(job.folder, entry)
+        note(loop, entry)
         job.tell(
             say(
                 f"held-out: loss {entry['eval_loss']:.4f}, {entry['eval_token_accuracy']:.1%} of target tokens right",
                 f"留出集：损失 {entry['eval_loss']:.4f}，目标 token 正确率 {entry['eval_token_accuracy']:.1%}",
             )
         )
+    return float(entry["eval_loss"])

@@ -1,0 +1,141 @@
+"""Several processes of one command on this machine, for `parallel.processes`: started together, stopped together.
+
+Promises: Ctrl-C and SIGTERM reach each process once and its exit code is the command's; a process that dies ends the others, and what
+it last said is shown; nothing outlives this process. Under torchrun or accelerate (WORLD_SIZE is set) nothing is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from intervale.core.lang import say
+
+_GRACE_SECONDS = 20.0  # for the others to end after one died
+_SHOWN_LINES = 15
+PARENT = "INTERVALE_PARENT"  # a process of ours watches over this id
+
+
+def started_outside() -> bool:
+    """Have torchrun, accelerate or we started this process as one of several?"""
+    return "WORLD_SIZE" in os.environ
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def _environment(rank: int, count: int, port: int) -> Mapping[str, str]:
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port, PARENT: os.getpid()}
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    return (
+        os.environ
+        | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        | {
+            "MASTER_ADDR": "127.0.0.1",
+            **{key: str(value) for key, value in own.items()},
+        }
+    )
+
+
+@contextlib.contextmanager
+def _passed_on(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to every process instead of ending this one. They have sessions of their own, so a Ctrl-C comes once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def launch(count: int, command: Sequence[str]) -> int:
+    """Run `count` processes of `command` with ranks 0 .. count - 1; the exit code of the first that failed, else 0.
+
+    The first process speaks; of another only the last lines are shown, and only if it failed.
+    """
+    port = _free_port()
+    with tempfile.TemporaryDirectory(prefix="intervale-") as folder:
+        files = [Path(folder) / f"{rank}.log" for rank in range(count)]
+        processes = []
+        try:
+            for rank, file in enumerate(files):
+                with open(file, "wb") as log:
+                    said = None if rank == 0 else log
+                    environment = _environment(rank, count, port)
+                    processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True))
+            with _passed_on(processes):
+                return _watch(processes, files)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+
+
+def _watch(processes: Sequence[subprocess.Popen[bytes]], files: Sequence[Path]) -> int:
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = next((rank for rank, code in enumerate(codes) if code), None)
+        if failed is not None:
+            return _end(processes, failed, files[failed])
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.05)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], failed: int, log: Path) -> int:
+    """One has ended with a code: the others get the time to do so too, then a SIGTERM, then the end."""
+    code = processes[failed].returncode
+    stopped = code in (130, 143)  # by a signal that all of them got: they are saving
+    deadline = time.monotonic() + _GRACE_SECONDS
+    patience = deadline if stopped else time.monotonic() + 2.0
+    while any(process.poll() is None for process in processes) and time.monotonic() < patience:
+        time.sleep(0.05)
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if failed and not stopped:
+        lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_SHOWN_LINES:]
+        note = say(
+            f"process {failed} of {len(processes)} ended with code {code}:",
+            f"{len(processes)} 个进程中的第 {failed} 个以代码 {code} 退出：",
+        )
+        print("\n".join([note, *lines]), file=sys.stderr)
+    elif code < 0:
+        note = say(f"process {failed} was killed by signal {-code}", f"进程 {failed} 被信号 {-code} 终止")
+        print(note, file=sys.stderr)
+    return code if code > 0 else 128 - code
+
+
+def end_with_parent() -> None:
+    """In a process that `launch` started: end when the launcher does, however it ends (Linux)."""
+    parent = os.environ.get(PARENT)
+    if not parent or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    set_death_signal = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it ended before this line
+        sys.exit(143)

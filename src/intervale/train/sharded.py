@@ -1,0 +1,240 @@
+"""Parameters, gradients and optimizer state in parts on several processes: torch's FSDP2, or DeepSpeed's ZeRO-1, 2 and 3.
+
+Promises: the step of `train.strategy`; whole tensors in checkpoints. A frozen tower (and a frozen projector) stays whole on every
+process: it is small beside the language model, and pictures need not be alike on all of them. Cost: every process first reads the
+whole model, to the CPU. Both engines need every process to make as many passes: those without work make one of weight 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import InternVLForConditionalGeneration
+
+from intervale.core.errors import UserError
+from intervale.model.forward import picture_features
+from intervale.train.batches import Batch
+from intervale.train.optimizer import Optimizers, make_optimizer
+from intervale.train.parallel import World
+from intervale.train.recipe import TrainRecipe
+from intervale.train.state import MOMENTS, Tensors, trainable
+from intervale.train.step import Losses, batch_losses
+
+
+class StepModule(torch.nn.Module):
+    """A micro-batch's losses as one module, which is what the engines wrap.
+
+    A pass without pictures sends a blank tile through what sees and adds 0 of it to the text: the engines exchange gradients in the
+    order in which they come, for every parameter or none, so a pass must look alike on all processes.
+    """
+
+    def __init__(self, network: InternVLForConditionalGeneration) -> None:
+        super().__init__()
+        self.network = network
+        self._sees = any(parameter.requires_grad for part in _eyes(network) for parameter in part.parameters())
+
+    def forward(self, batch: Batch, compute: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss of every target, is it the most likely token)."""
+        if batch.slots or not self._sees:
+            return batch_losses(self.network, batch, compute)
+        edge = self.network.config.vision_config.image_size[0]
+        with compute.autocast():
+            blank = picture_features(self.network, torch.zeros(1, 3, edge, edge, device=batch.ids_1T.device, dtype=compute.dtype))
+
+        def add(module: torch.nn.Module, given: Any, embedded: torch.Tensor) -> torch.Tensor:
+            return embedded + 0.0 * blank.sum().to(embedded.dtype)
+
+        handle = self.network.get_input_embeddings().register_forward_hook(add)
+        try:
+            return batch_losses(self.network, batch, compute)
+        finally:
+            handle.remove()
+
+
+def _eyes(network: InternVLForConditionalGeneration) -> list[torch.nn.Module]:
+    return [network.model.vision_tower, network.model.multi_modal_projector]
+
+
+def set_apart(network: InternVLForConditionalGeneration, device: torch.device) -> None:
+    """Move frozen tower and projector to the device and out of the module tree's sight, so that no engine takes them apart."""
+    core: Any = network.model
+    for name in ("vision_tower", "multi_modal_projector"):
+        part = getattr(core, name)
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            part.to(device).eval()
+            del core._modules[name]
+            core.__dict__[name] = part
+
+
+class Fsdp:
+    """torch's fully_shard (FSDP2): a layer's parameters are whole only while it computes."""
+
+    uniform = True
+
+    def __init__(self, network: InternVLForConditionalGeneration, recipe: TrainRecipe, world: World) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        self._module = StepModule(network)
+        for module in (*network.model.language_model.layers, self._module):  # a learning tower is whole while a pass goes on
+            fully_shard(module, mesh=mesh)
+        for buffer in network.buffers():
+            buffer.data = buffer.data.to(world.device)
+        self._network, self.world = network, world
+        self.optimizer = make_optimizer(network, recipe)
+
+    def losses(self, plain: Losses, batch: Batch, compute: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Through the sharded module."""
+        found: tuple[torch.Tensor, torch.Tensor] = self._module(batch, compute)
+        return found
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Gradients are averaged and dealt out layer by layer on the way; the loss has its divisor already, so they must add up."""
+        (loss * self.world.size).backward()
+
+    def clip(self, most: float) -> float:
+        """Over all shards."""
+        norm: Any = torch.nn.utils.clip_grad_norm_(list(trainable(self._network).values()), most or math.inf)
+        return float(norm.full_tensor())
+
+    def step(self) -> None:
+        """Each process its shards."""
+        self.optimizer.step()
+
+    def tensors(self) -> Tensors:
+        """Gathered one after another."""
+        self._module.reshard()  # type: ignore[operator]  # a pass without gradients leaves the outermost parameters whole
+        named = trainable(self._network)
+        weights = {name: _whole(parameter) for name, parameter in named.items()}
+        moments = {
+            name: {key: _whole(torch.as_tensor(value)) for key, value in self.optimizer.state.get(parameter, {}).items()}
+            for name, parameter in named.items()
+        }
+        return Tensors(weights, moments)
+
+    def restore_moments(self, stored: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Each process keeps its shards."""
+        from torch.distributed.tensor import distribute_tensor
+
+        for name, parameter in trainable(self._network).items():
+            own: Any = parameter
+            self.optimizer.state[parameter] = {
+                key: value if value.dim() == 0 else distribute_tensor(value.to(self.world.device), own.device_mesh, own.placements)
+                for key, value in stored.get(name, {}).items()
+            }
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    gather = getattr(tensor.detach(), "full_tensor", None)
+    whole: torch.Tensor = gather() if gather else tensor.detach()
+    return whole.cpu()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What DeepSpeed prints goes to stderr, where everything goes that is no result; its notes stay out."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def need_deepspeed() -> Any:
+    """The package. Raises: UserError with the extra's name when it is not installed."""
+    try:
+        with _quiet():
+            import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"parallel.strategy is deepspeed, which cannot be loaded: {error}", "pip install 'intervale[deepspeed]', or use fsdp or ddp"
+        ) from error
+    return deepspeed
+
+
+class Zero:
+    """DeepSpeed's ZeRO: optimizer state (1), gradients too (2), parameters too (3) in parts."""
+
+    uniform = True
+
+    def __init__(self, network: InternVLForConditionalGeneration, recipe: TrainRecipe, world: World, spare: Batch, compute: Any) -> None:
+        deepspeed = need_deepspeed()
+        self._network, self.world, self._spare, self._compute = network, world, spare, compute
+        self.optimizer: Optimizers = make_optimizer(network, recipe)
+        self._inner = self.optimizer.only()
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,  # the loop tells which pass is a step's last
+            "gradient_clipping": recipe.train.max_norm,
+            "zero_optimization": {"stage": recipe.parallel.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1 << 60,
+        }
+        with _quiet():
+            self._engine: Any = deepspeed.initialize(model=StepModule(network.to(world.device)), optimizer=self._inner, config=settings)[0]
+        self._names = {parameter: name for name, parameter in trainable(network).items()}
+
+    def losses(self, plain: Losses, batch: Batch, compute: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Through the engine."""
+        found: tuple[torch.Tensor, torch.Tensor] = self._engine(batch, compute)
+        return found
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """DeepSpeed divides by the number of processes: undone here, because the loss has its divisor already."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def clip(self, most: float) -> float:
+        """Clips and steps in one; where the norm is no number DeepSpeed leaves the step out."""
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return math.inf if norm is None else float(norm)
+
+    def step(self) -> None:
+        """Done by `clip`."""
+
+    def tensors(self) -> Tensors:
+        """Gathered one after another."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        self._link()
+        steps = [state["step"] for state in self._inner.state.values() if "step" in state]
+        weights, moments = {}, {}
+        for parameter, name in self._names.items():
+            weights[name] = safe_get_full_fp32_param(parameter).detach().cpu().clone()
+            moments[name] = {key: safe_get_full_optimizer_state(parameter, key).detach().cpu().clone() for key in MOMENTS[:2]}
+            moments[name]["step"] = torch.as_tensor(steps[0]).detach().float().cpu().clone()
+        return Tensors(weights, moments)
+
+    def restore_moments(self, stored: dict[str, dict[str, torch.Tensor]]) -> None:
+        """DeepSpeed makes its state at the first step: one of rate 0 on no gradient, and then the state is filled in."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        losses_N, _ = self.losses(batch_losses, self._spare.to(self.world.device), self._compute)
+        self.backward(losses_N.sum() * 0.0, True)
+        for group in self._inner.param_groups:
+            group["lr"] = 0.0
+        self.clip(0.0)
+        self._link()
+        for parameter, name in self._names.items():
+            for key in MOMENTS[:2]:
+                if key in stored.get(name, {}):
+                    safe_set_full_optimizer_state(parameter, stored[name][key].to(self.world.device), key)
+        made = next((float(entry["step"]) for entry in stored.values() if "step" in entry), 0.0)
+        for state in self._inner.state.values():
+            if "step" in state:
+                state["step"] = torch.full_like(torch.as_tensor(state["step"]), made)
+
+    def _link(self) -> None:
+        """Show DeepSpeed where its moments are: ZeRO-1 and 2 look after the first group's first step, when the others have none yet."""
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        inner = self._engine.optimizer
+        groups = getattr(inner, "single_partition_of_fp32_groups", None)
+        for parameters, flat in zip(inner.bit16_groups, groups, strict=True) if groups else ():
+            lazy_init_hp_params_optimizer_state(parameters, flat, inner.optimizer.state)

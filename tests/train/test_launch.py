@@ -1,0 +1,66 @@
+"""Processes that are started together end together, with the code and the words of the one that failed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from intervale.train.launch import launch
+
+FAILS = "import os, sys, time\nif os.environ['RANK'] == '1':\n    print('the reason', file=sys.stderr)\n    sys.exit(3)\ntime.sleep(60)"
+
+
+def test_each_process_knows_its_place(tmp_path: Path) -> None:
+    code = f"import os; open(r'{tmp_path}/' + os.environ['RANK'], 'w').write(os.environ['WORLD_SIZE'] + ' ' + os.environ['MASTER_PORT'])"
+    assert launch(3, [sys.executable, "-c", code]) == 0
+    told = {(tmp_path / str(rank)).read_text() for rank in range(3)}
+    assert len(told) == 1
+    assert told.pop().startswith("3 ")
+
+
+def test_one_that_dies_ends_the_others_and_its_words_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    begun = time.monotonic()
+    assert launch(2, [sys.executable, "-c", FAILS]) == 3
+    assert time.monotonic() - begun < 15
+    said = capsys.readouterr().err
+    assert "process 1 of 2 ended with code 3" in said
+    assert "the reason" in said
+
+
+def test_one_that_is_killed_gives_its_signal_as_code(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import os, signal, time\nif os.environ['RANK'] == '0':\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+    assert launch(2, [sys.executable, "-c", code]) == 128 + signal.SIGKILL
+    assert "killed by signal 9" in capsys.readouterr().err
+
+
+def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    child = (
+        "import os, time\nfrom intervale.train.launch import end_with_parent\nend_with_parent()\n"
+        f"open(r'{tmp_path}/' + os.environ['RANK'], 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    )
+    code = f"from intervale.train.launch import launch\nlaunch(2, ['{sys.executable}', '-c', '''{child}'''])"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        for _ in range(300):
+            if len([path for path in tmp_path.iterdir() if path.read_text()]) == 2:
+                break
+            time.sleep(0.05)
+        process.kill()
+    ids = [int((tmp_path / rank).read_text()) for rank in "01"]
+    for _ in range(100):
+        alive = [name for name in ids if _runs(name)]
+        if not alive:
+            break
+        time.sleep(0.05)
+    assert not alive
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{process}/stat").read_text().split(")")[-1].split()[0]

@@ -1,0 +1,186 @@
+"""Several processes take the step of one, whatever they share; what they save, any other number and strategy reads."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_loop import losses, run, write_recipe
+
+from intervale.core.config import load_recipe
+from intervale.core.errors import UserError
+from intervale.core.runlog import read_metrics
+from intervale.export.export import export
+from intervale.model.adapt import newest_checkpoint
+from intervale.train.recipe import TrainRecipe
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed (intervale[deepspeed])")
+STRATEGIES = [
+    pytest.param(["parallel.strategy=ddp"], id="ddp"),
+    pytest.param(["parallel.strategy=fsdp"], id="fsdp"),
+    *(
+        pytest.param(["parallel.strategy=deepspeed", f"parallel.zero_stage={stage}"], id=f"zero-{stage}", marks=needs_deepspeed)
+        for stage in (1, 2, 3)
+    ),
+]
+
+
+def together(path: Path, *settings: str, more: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """`intervale train` that starts two processes on the CPU."""
+    words = [word for setting in ("parallel.processes=2", *settings) for word in ("--set", setting)]
+    return subprocess.run(
+        [sys.executable, "-m", "intervale", "train", str(path), *words, *more],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"INTERVALE_DEVICE": "cpu", "INTERVALE_CACHE": str(path.parent / "cache")},
+        timeout=100,
+        check=False,
+    )
+
+
+def differing(one: Path, two: Path) -> float:
+    """The largest difference of any tensor of two checkpoints, relative to the largest value."""
+    worst = 0.0
+    for file in ("adapter_model.safetensors", "trained.safetensors", "optimizer.safetensors"):
+        left, right = load_file(one / file), load_file(two / file)
+        assert left.keys() == right.keys()
+        worst = max(worst, *(float((left[n] - right[n]).abs().max() / left[n].abs().max().clamp(min=1e-3)) for n in left))
+    return worst
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny: Path, plates: Path) -> Path:
+    """One process: 8 items, 4 a step, 3 epochs, no dropout."""
+    folder = tmp_path_factory.mktemp("alone")
+    path = write_recipe(folder, tiny, plates, batch_size=2, accumulation=2, epochs=3, save_steps=3)
+    assert run(path, "lora.dropout=0.0").status == "done"
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", STRATEGIES)
+def test_two_processes_give_the_losses_of_one_resume_and_export(
+    tmp_path: Path, tiny: Path, plates: Path, alone: Path, settings: list[str]
+) -> None:
+    path = write_recipe(tmp_path, tiny, plates, batch_size=1, accumulation=2, epochs=3, save_steps=3)
+    settings = [*settings, "lora.dropout=0.0"]
+    done = together(path, *settings)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    assert len(list((tmp_path / "cache").rglob("*.feat"))) == 8  # each picture's features once, half by each process
+    assert "features: 4 pictures" in done.stderr
+    assert losses(folder) == pytest.approx(losses(alone), abs=1e-5)
+    held = [[entry["eval_loss"] for entry in read_metrics(place) if "eval_loss" in entry] for place in (folder, alone)]
+    assert held[0] == pytest.approx(held[1], abs=1e-5)
+    last = folder / "checkpoints" / "step-00000006"
+    assert differing(last, alone / "checkpoints" / "step-00000006") < 1e-3  # Adam divides small gradients by their size
+    straight = (losses(folder), {file.name: file.read_bytes() for file in last.glob("*.safetensors")})
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    (folder / "run.json").write_text(json.dumps(json.loads((folder / "run.json").read_text()) | {"status": "running"}))
+    done = together(path, *settings, more=("--resume",))
+    assert done.returncode == 0, done.stderr
+    assert "step 3" in done.stderr
+    assert losses(folder) == straight[0]
+    assert {file.name: file.read_bytes() for file in last.glob("*.safetensors")} == straight[1]  # bit by bit
+    proof = export(folder, tmp_path / "model", "hf", dtype=None, tell=lambda text: None)
+    assert proof.changed_tensors > 0
+
+
+@pytest.mark.slow
+def test_what_fsdp_saved_one_process_continues(tmp_path: Path, tiny: Path, plates: Path, alone: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates, batch_size=1, accumulation=2, epochs=3, save_steps=3)
+    assert together(path, "parallel.strategy=fsdp", "lora.dropout=0.0").returncode == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    (tmp_path / "run" / "run.json").write_text('{"status": "stopped"}')
+    other = write_recipe(tmp_path, tiny, plates, batch_size=2, accumulation=2, epochs=3, save_steps=3)
+    recipe = load_recipe(other, TrainRecipe, ["lora.dropout=0.0"])
+    from intervale.train.loop import train
+
+    assert train(recipe, "r", resume=True, fresh=False, dry_run=False, tell=lambda text: None, accept_changes=True).status == "done"
+    assert losses(tmp_path / "run")[3:] == pytest.approx(losses(alone)[3:], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [STRATEGIES[1], STRATEGIES[3], STRATEGIES[4]])
+def test_uneven_steps_text_alone_and_a_learning_tower(tmp_path: Path, tiny: Path, settings: list[str]) -> None:
+    """Three items a step on two processes, some without a picture: every process still makes as many passes."""
+    from conftest import draw_plates
+    from intervale.core.records import Message, Record, to_json
+
+    draw_plates(tmp_path, 4)
+    draw_plates(tmp_path, 3, "eval.jsonl", seed=1)
+    with open(tmp_path / "train.jsonl", "a") as file:
+        for number in range(3):
+            file.write(to_json(Record(f"t{number}", (Message("user", "颜色?"), Message("assistant", f"红{number}")))) + "\n")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    more = ["lora.dropout=0.0", "train.vision=full"]
+    one = write_recipe(tmp_path / "one", tiny, tmp_path, batch_size=1, accumulation=6, epochs=2)
+    run(one, *more)
+    two = write_recipe(tmp_path / "two", tiny, tmp_path, batch_size=1, accumulation=3, epochs=2)
+    done = together(two, *settings, *more)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two" / "run") == pytest.approx(losses(tmp_path / "one" / "run"), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [STRATEGIES[1], STRATEGIES[3]])
+def test_a_bfloat16_base_under_float32_adapters_is_shared_too(tmp_path: Path, tiny: Path, plates: Path, settings: list[str]) -> None:
+    path = write_recipe(tmp_path, tiny, plates, batch_size=2, accumulation=2, precision="bf16")
+    run(path, "lora.dropout=0.0", f"out={tmp_path / 'one'}")
+    path = write_recipe(tmp_path, tiny, plates, batch_size=1, accumulation=2, precision="bf16")
+    done = together(path, *settings, "lora.dropout=0.0")
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)  # bfloat16 has 8 bits
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_every_process_once_and_the_run_goes_on(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates, epochs=400, batch_size=1)
+    words = [sys.executable, "-m", "intervale", "train", str(path), "--set", "parallel.processes=2", "--set", "parallel.strategy=ddp"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | {"INTERVALE_DEVICE": "cpu"}) as process:
+        for _ in range(1200):
+            if len(read_metrics(tmp_path / "run")) > 3:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert "--resume" in said
+    newest = newest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert int(newest.name.removeprefix("step-")) == read_metrics(tmp_path / "run")[-1]["step"]
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_input_is_told_once_and_ends_all(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    done = together(write_recipe(tmp_path, tiny, plates), "parallel.strategy=ddp", "data.train=/nowhere.jsonl")
+    assert done.returncode == 1
+    assert done.stderr.count("/nowhere.jsonl: cannot be read") == 1
+
+
+def test_more_processes_need_a_strategy_and_muon_needs_whole_matrices(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates)
+    with pytest.raises(UserError, match=r"parallel\.processes is 2: set parallel\.strategy"):
+        load_recipe(path, TrainRecipe, ["parallel.processes=2"])
+    with pytest.raises(UserError, match="muon needs whole matrices"):
+        load_recipe(path, TrainRecipe, ["parallel.strategy=fsdp", "train.optimizer=muon"])
+
+
+def test_deepspeed_that_is_not_there_is_told_before_anything(
+    tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match="deepspeed") as caught:
+        run(write_recipe(tmp_path, tiny, plates), "parallel.strategy=deepspeed")
+    assert "intervale[deepspeed]" in caught.value.fix
+    assert not (tmp_path / "run").exists()
