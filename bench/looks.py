@@ -1,4 +1,4 @@
-"""How far apart are copies of a picture, and how near each other are different ones, by the difference hash that finds training pictures?
+"""How far apart are copies of a picture, and how near each other are different ones, by the difference hash and the grey fields that find training pictures?
 
 python bench/looks.py DATA PHOTOGRAPHS
 
@@ -17,6 +17,7 @@ from PIL import Image
 
 from intervale.core.records import read_records
 from intervale.data.images import load_picture
+from intervale.evaluate.contamination import look_of
 
 SIDES = (8, 16)  # of the hash: 64 and 256 bits
 
@@ -42,6 +43,12 @@ def bits(pictures: list[Image.Image], side: int) -> np.ndarray:
     return np.array([dhash(picture, side).hash.ravel() for picture in pictures])
 
 
+def greys(pictures: list[Image.Image]) -> np.ndarray:
+    looks = [look_of(picture) for picture in pictures]
+    assert all(looks), "a picture without structure"
+    return np.array([look.grey_1024 for look in looks if look])
+
+
 def main(data: Path, photographs: Path) -> dict[str, object]:
     own = [load_picture(path) for path in sorted(photographs.rglob("*.jp*g"))]
     changed: dict[str, list[Image.Image]] = {}
@@ -58,6 +65,12 @@ def main(data: Path, photographs: Path) -> dict[str, object]:
             "nearest different drawings": int(min((bits(train, side) != one).sum(1).min() for one in bits(held, side))),
             "farthest copy": {name: int((bits(pictures, side) != plain).sum(1).max()) for name, pictures in changed.items()},
         }
+    plain, taught = greys(own), greys(train)
+    found["grey fields"] = {
+        "nearest different photographs": round(min(float(np.abs(one - other).max()) for one, other in itertools.combinations(plain, 2)), 2),
+        "nearest different drawings": round(min(float(np.abs(taught - one).max(1).min()) for one in greys(held)), 2),
+        "farthest copy": {name: round(float(np.abs(greys(pictures) - plain).max()), 2) for name, pictures in changed.items()},
+    }
     return found
 
 

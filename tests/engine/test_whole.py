@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -122,6 +123,66 @@ def test_log_probabilities_are_the_servers_or_an_error() -> None:
     for given in ({}, {"logprobs": None}, {"logprobs": {"content": None}}, {"logprobs": {"content": [{"token": "A", "top_logprobs": []}]}}):
         with pytest.raises(EngineError, match="no log-probabilities"):
             told(Other(lambda *_, given=given: good(**given)), 1, top=20)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity"])
+def test_log_probabilities_that_are_no_numbers_are_no_answer(value: str) -> None:
+    raw = json.dumps({"choices": [{"message": {"content": "A"}, "logprobs": {"content": [{"top_logprobs": [TOPS[0], "HERE"]}]}}]})
+    bad = raw.replace('"HERE"', f'{{"token": "B", "logprob": {value}}}').encode()
+    with pytest.raises(EngineError, match="not numbers"):
+        told(Other(lambda *_: httpx.Response(200, content=bad)), 1, top=20, retries=1)
+
+
+def test_tokens_that_look_alike_are_all_kept_and_an_impossible_one_is_none() -> None:
+    raw = [{"token": "A", "logprob": -0.1}, {"token": "A", "logprob": -3.0}, {"token": "B", "logprob": -math.inf}]
+    reply = json.dumps({"choices": [{"message": {"content": "A"}, "logprobs": {"content": [{"top_logprobs": raw}]}}]}).encode()
+    answer = told(Other(lambda *_: httpx.Response(200, content=reply)), 1, top=20)["0"]
+    assert isinstance(answer, Whole)
+    assert answer.first == (("A", -0.1), ("A", -3.0))
+
+
+def test_half_a_character_becomes_a_mark_that_can_be_written() -> None:
+    """JavaScript servers cut an emoji in two at the token limit and write the half as an escape."""
+    raw = b'{"choices": [{"message": {"content": "\\ud83dB \\ud83c\\udf5c"}, "finish_reason": "stop"}]}'
+    answer = told(Other(lambda *_: httpx.Response(200, content=raw)), 1)["0"]
+    assert isinstance(answer, Whole)
+    assert answer.text == "\ufffdB 🍜"
+
+
+def test_counts_that_are_none_are_untold() -> None:
+    usage = {"prompt_tokens": True, "completion_tokens": -3}
+    answer = told(
+        Other(
+            lambda *_: httpx.Response(200, json={"choices": [{"message": {"content": [{"text": None}, {"text": "B"}]}}], "usage": usage})
+        ),
+        1,
+    )["0"]
+    assert isinstance(answer, Whole)
+    assert (answer.text, answer.prompt_tokens, answer.tokens) == ("B", None, None)
+
+
+def test_a_reply_of_a_hundred_thousand_brackets_is_no_answer() -> None:
+    with pytest.raises(EngineError, match="not a chat completion"):
+        told(Other(lambda *_: httpx.Response(200, content=b"[" * 200_000)), 1, retries=1)
+
+
+class Drip(httpx.AsyncByteStream):
+    """A body that never ends and never pauses long enough for a timeout between its pieces."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            await asyncio.sleep(0.02)
+            yield b" "
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_that_drips_is_given_up_after_the_time_for_a_whole_one(status: int) -> None:
+    other = Other(lambda *_: httpx.Response(status, stream=Drip()))
+    began = time.monotonic()
+    with pytest.raises(EngineError, match=r"did not answer within 0\.2 s"):
+        told(other, 1, seconds=0.2, retries=1)
+    assert len(other.came) == 2
+    assert time.monotonic() - began < 5
 
 
 def test_extras_go_into_every_request_and_null_takes_a_key_out() -> None:

@@ -15,6 +15,7 @@ from evaluation_fixture import folder, line, outcomes
 from intervale.core.errors import UserError
 from intervale.core.lang import set_language
 from intervale.evaluate.compare import compare, write_report
+from intervale.evaluate.folder import in_order
 from intervale.evaluate.report import in_words, report_html
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">\'"&</style>'
@@ -68,6 +69,22 @@ def test_what_cannot_be_paired_is_refused_with_all_that_differs(tmp_path: Path) 
         "item 'q1': answer: 0 -> 1",
     ):
         assert told in caught.value.what
+
+
+@pytest.mark.parametrize("damage", ["[]", "3", '{"x": 1}', '{"id": [1]}'])
+def test_a_line_that_is_no_prediction_is_told_with_its_number(tmp_path: Path, damage: str) -> None:
+    one, other = folder(tmp_path / "a", outcomes("01")), folder(tmp_path / "b", outcomes("01"))
+    lines = (other / "predictions.jsonl").read_text().splitlines()
+    (other / "predictions.jsonl").write_text(f"{lines[0]}\n{damage}\n")
+    with pytest.raises(UserError, match="line 2 is no prediction"):
+        compare(one, other)
+
+
+def test_predictions_of_other_items_are_no_evaluation_of_these(tmp_path: Path) -> None:
+    one = folder(tmp_path / "a", outcomes("01"))
+    for ids in (["q0"], ["q0", "q1", "q2"]):
+        with pytest.raises(UserError, match="not in both"):
+            in_order(one, ids)
 
 
 def test_an_unfinished_evaluation_is_not_compared(tmp_path: Path) -> None:

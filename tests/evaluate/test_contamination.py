@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw
 from conftest import SHARED
 from intervale.core.records import Message, Record
 from intervale.data.images import load_picture
-from intervale.evaluate.contamination import alike, contamination, look_of
+from intervale.evaluate.contamination import alike, contamination, families, look_of
 
 
 def drawn(path: Path, seed: int, size: tuple[int, int] = (240, 180), colour: str = "red") -> Path:
@@ -91,6 +92,42 @@ def test_the_same_pictures_as_options_in_another_order_are_the_same_item(tmp_pat
 
     assert counts([options("1", 1, 0)], [options("1", 0, 1)]) == {"exact": 1}
     assert counts([options("1", 1, 2)], [options("1", 0, 1)]) == {"picture": 1}
+
+
+def receipt(path: Path, seed: int) -> Path:
+    """A shop's receipt: one layout, other goods and sums."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    picture = Image.new("RGB", (400, 600), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((120, 20), "SHOP MARKET", fill="black")
+    for row in range(18):
+        pen.text((20, 80 + 22 * row), draw.choice(["Milk", "Bread", "Apples", "Tea", "Rice", "Soap"]), fill="black")
+        pen.text((320, 80 + 22 * row), f"{draw.uniform(0, 30):.2f}", fill="black")
+    pen.text((300, 500), f"{draw.uniform(0, 300):.2f}", fill="black")
+    picture.save(path)
+    return path
+
+
+def test_receipts_of_one_layout_are_different_pictures_but_a_copy_of_one_is_found(tmp_path: Path) -> None:
+    """A report that called these training items would accuse every model that was tuned on documents."""
+    question = "What is the total?"
+    training = [item(tmp_path / "t", str(n), receipt(tmp_path / "t" / f"{n}.png", n).name, question) for n in range(20)]
+    fresh = [item(tmp_path / "e", str(n), receipt(tmp_path / "e" / f"{n}.png", 100 + n).name, question) for n in range(20)]
+    assert counts(fresh, training) == {"question": 20}
+    Image.open(tmp_path / "t" / "3.png").resize((300, 450)).save(tmp_path / "e" / "copy.jpg", quality=60)
+    assert counts([item(tmp_path / "e", "c", "copy.jpg", question)], training) == {"near": 1}
+
+
+def test_a_thousand_copies_are_one_family(tmp_path: Path) -> None:
+    look = look_of(load_picture(drawn(tmp_path / "a.png", 1)))
+    other = look_of(load_picture(drawn(tmp_path / "b.png", 2)))
+    assert look is not None
+    assert other is not None
+    labels = families([look, other] * 1000)
+    assert len(set(labels[::2])) == len(set(labels[1::2])) == 1
+    assert labels[0] != labels[1]
+    assert len(families([])) == 0
 
 
 def test_plain_surfaces_are_told_apart_by_their_bytes_alone(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from evaluation_fixture import after, contents, timeless
 from fake_endpoint import FakeEndpoint, busy, number_of, options, place_said, right_place
 from foodie_fixture import write_foodieqa
+from intervale.cli.evaluate_suite import EndpointOptions, endpoint_asker
 from intervale.core.errors import UserError
 from intervale.data.images import load_picture
 from intervale.engine.api import EngineError, UpstreamRefusedError
@@ -206,6 +207,7 @@ def test_a_letter_counts_with_what_surrounds_it_and_a_missing_one_is_less_likely
     assert scores[2] < -1.0
     assert scores[2] == pytest.approx(-1.0)
     assert letter_scores([("我", -0.1)], 4) is None
+    assert letter_scores([("B", -0.1), ("A", -9999.0)], 2) == [-9999.0, -0.1]  # how servers write next to nothing
 
 
 def test_pictures_are_sent_upright_and_as_they_are_where_they_are_plain(foodie: Path) -> None:
@@ -218,6 +220,14 @@ def test_pictures_are_sent_upright_and_as_they_are_where_they_are_plain(foodie: 
         assert (theirs.size, theirs.mode) == (mine.size, "RGB")
         assert sent.size == mine.size
     assert load_picture(photo_of(foodie / "images/alpha.png", "x").data).tobytes() == load_picture(foodie / "images/alpha.png").tobytes()
+
+
+def test_an_address_with_a_password_is_refused_before_it_is_on_file() -> None:
+    for address in ("http://me:secret@there/v1", "http://there/v1?key=secret"):
+        with pytest.raises(UserError) as caught:
+            endpoint_asker(address, EndpointOptions("m"), 8, text=True, letters=False)
+        assert "secret" not in caught.value.what + caught.value.fix
+        assert "--api-key-env" in caught.value.fix
 
 
 def test_extras_may_not_touch_what_the_evaluation_decides() -> None:

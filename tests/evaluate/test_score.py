@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from intervale.evaluate.score import match_choice, most_likely, normalise, parse_letter, parse_official
@@ -65,6 +67,15 @@ def test_a_letter_or_the_exact_choice_is_an_answer(answer: str, letter: str) -> 
 )  # fmt: skip
 def test_anything_else_is_no_answer(answer: str) -> None:
     assert parse_letter(answer, CHOICES) is None
+
+
+@pytest.mark.parametrize("fill", [" ", "\n", "\u3000", ")", "("])
+def test_an_answer_of_blanks_or_brackets_is_read_in_proportion_to_its_length(fill: str) -> None:
+    began = time.process_time()
+    for answer in ("B" + fill * 40_000 + "x", fill * 40_000 + "x"):
+        parse_letter(answer, CHOICES)
+        match_choice(answer, CHOICES)
+    assert time.process_time() - began < 2  # in proportion to its square it was half a minute
 
 
 def test_only_letters_that_stand_for_a_choice_are_read() -> None:

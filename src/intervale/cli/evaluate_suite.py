@@ -125,6 +125,8 @@ def model_and_data(asked: Asked, base_url: str | None) -> tuple[str, Path]:
 
 def endpoint_asker(base_url: str, options: EndpointOptions, max_new_tokens: int, *, text: bool, letters: bool) -> EndpointAsker:
     """The asker of an endpoint. Raises: UserError for an address, a key, prices or extras that cannot be used."""
+    from urllib.parse import urlsplit
+
     from intervale.core.errors import UserError
     from intervale.engine.remote import web_address
     from intervale.engine.whole import Server
@@ -142,6 +144,12 @@ def endpoint_asker(base_url: str, options: EndpointOptions, max_new_tokens: int,
     if len(prices) not in (0, 2) or any(not 0 <= price < float("inf") for price in prices):
         raise UserError(
             f"--prices {options.prices!r} are not two numbers", "give the price of a million prompt and of a million new tokens: 2.5,10"
+        )
+    parts = urlsplit(web_address(base_url))
+    if parts.username or parts.password or parts.query or parts.fragment:  # the address stands in every summary and report
+        raise UserError(
+            f"--base-url holds more than an address: {'a name or password' if parts.username or parts.password else 'a query'}",
+            f"write {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}, and name the variable that holds the key with --api-key-env",
         )
     server = Server(
         web_address(base_url), options.model_name, key, concurrency=options.concurrency, retries=options.retries, seconds=options.timeout,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -168,7 +169,8 @@ def _body(server: Server, request: Request, ask: Ask) -> bytes:
 
 async def _try(client: httpx.AsyncClient, server: Server, body: bytes, top: int, began: float) -> Whole:
     try:
-        async with client.stream("POST", f"{server.url}/chat/completions", content=body) as got:
+        # httpx's timeouts are for each piece; a server that drips bytes would never meet one.
+        async with asyncio.timeout(server.seconds), client.stream("POST", f"{server.url}/chat/completions", content=body) as got:
             if got.status_code != 200:
                 told = await refusal(got)
                 if got.status_code >= 500 and isinstance(told, EngineError):  # for a reader it is an error; here there is time
@@ -179,7 +181,7 @@ async def _try(client: httpx.AsyncClient, server: Server, body: bytes, top: int,
                 raw += part
                 if len(raw) > _LONGEST_REPLY:
                     raise _malformed("it is too long")
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, TimeoutError) as error:
         away = isinstance(error, httpx.ConnectError)
         what = "the server cannot be reached" if away else f"the server did not answer within {server.seconds:g} s, or broke off"
         fix = f"is it running at {server.url}? --timeout waits longer; the same command goes on"
@@ -198,25 +200,37 @@ def _read(raw: bytes, top: int, seconds: float) -> Whole:
         value = json.loads(raw)
         choice = value["choices"][0]
         text, finish = choice["message"].get("content") or "", choice.get("finish_reason") or "stop"
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise _malformed(repr(raw[:80])[2:-1]) from error
     if isinstance(text, list):  # some servers answer in parts
-        text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
+        text = "".join(part["text"] for part in text if isinstance(part, dict) and isinstance(part.get("text"), str))
     if not isinstance(text, str) or not isinstance(finish, str):
         raise _malformed("its content is no text")
     usage = value.get("usage") if isinstance(value.get("usage"), dict) else {}
-    counts = [usage.get(name) if isinstance(usage.get(name), int) else None for name in ("prompt_tokens", "completion_tokens")]
-    return Whole(text, finish, counts[0], counts[1], _first_tokens(choice) if top else None, seconds)
+    counts = [_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+    return Whole(_characters(text), _characters(finish), counts[0], counts[1], _first_tokens(choice) if top else None, seconds)
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _characters(text: str) -> str:
+    """Half a surrogate pair (an emoji cut by the token limit) is no character and cannot be written down: it becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _first_tokens(choice: dict[str, Any]) -> tuple[tuple[str, float], ...]:
-    """The likeliest first tokens; none where the answer has no token. Raises: EngineError when the server gives none: nothing stands in."""
+    """The likeliest first tokens; none where the answer has no token. One of no probability at all (minus infinity) is none of them.
+
+    Raises: EngineError when the server gives none: nothing stands in; RetryError when they are not numbers.
+    """
     try:
         places = choice["logprobs"]["content"]
         if places == []:
             return ()
         tops = places[0]["top_logprobs"]
-        found = {str(one["token"]): float(one["logprob"]) for one in tops}
+        found = [(str(one["token"]), float(one["logprob"])) for one in tops]
         if not found:
             raise KeyError("top_logprobs")
     except (KeyError, IndexError, TypeError, ValueError):
@@ -225,4 +239,6 @@ def _first_tokens(choice: dict[str, Any]) -> tuple[tuple[str, float], ...]:
             "use --modes strict,official (or --mode strict), or a server that gives them",
             "no_logprobs",
         ) from None
-    return tuple(sorted(found.items(), key=lambda pair: -pair[1]))
+    if any(math.isnan(value) or value == math.inf for _, value in found):
+        raise _malformed("its log-probabilities are not numbers")
+    return tuple(sorted((pair for pair in found if pair[1] > -math.inf), key=lambda pair: -pair[1]))

@@ -4,7 +4,8 @@ Promises: an item counts as seen when training holds its question (in normal for
 what only shares a picture or only a question is counted apart; a picture that cannot be read is counted, never skipped in silence.
 Cost: one read and one decode of every distinct picture on both sides (beyond `MOST_DECODED` pictures the look is not compared, and said).
 
-Look: a difference hash of 256 bits (ImageHash) and the tint of 4 x 4 fields, for the hash knows no colour. By `bench/looks.py`, a copy at
+Look: a difference hash of 256 bits (ImageHash), the tint of 4 x 4 fields, for the hash knows no colour, and the grey of 32 x 32 fields, for
+it knows no detail either: to it, receipts, forms and dials of one kind are all one picture. By `bench/looks.py`, a copy at
 JPEG quality 30, of half the size or 256 pixels wide, or 15% brighter differs in at most 9 bits (20 photographs); different photographs in 95
 or more, foodemoji's drawings of different artists in 29 or more. A picture cropped by 2% at each edge differs in up to 47: crops are not found.
 """
@@ -20,8 +21,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from intervale.core.errors import UserError
 from intervale.core.files import inside
@@ -34,6 +33,8 @@ from intervale.evaluate.score import normalise
 MOST_DECODED = 20_000  # pictures of both sides together
 _SIDE, _FIELDS, _ROUGH = 16, 4, 256
 _MOST_BITS, _MOST_TINT = 16, 32.0  # bits of 256; levels of 255, in the field and channel where they differ most
+_GREY, _MOST_GREY = 32, 1.75  # fields a side; standard deviations of a picture's grey, in the field where two differ most
+_LEAST_SPREAD = 8.0  # levels: the grey of a picture with less contrast is not blown up to noise
 _FLAT = 12  # a hash with fewer bits set (or not set) than this is of a picture without structure: it looks like any other such
 _EXAMPLES, _MANY = 20, 1_000  # items named in a summary; pictures that take long enough to say so
 Keys = tuple[str, ...]
@@ -41,10 +42,12 @@ Keys = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Look:
-    """What a picture looks like: `bits_32` (256 bits, packed), `tint_48` (mean RGB of 4 x 4 fields, less each field's brightness)."""
+    """What a picture looks like: `bits_32` (256 bits, packed), `tint_48` (mean RGB of 4 x 4 fields, less each field's brightness),
+    `grey_1024` (brightness of 32 x 32 fields, less its mean, in its standard deviations)."""
 
     bits_32: np.ndarray
     tint_48: np.ndarray
+    grey_1024: np.ndarray
 
 
 def look_of(picture: Image.Image) -> Look | None:
@@ -55,7 +58,9 @@ def look_of(picture: Image.Image) -> Look | None:
     if not _FLAT <= int(bits.sum()) <= bits.size - _FLAT:
         return None
     fields = np.asarray(picture.resize((_FIELDS, _FIELDS), Image.Resampling.BOX), dtype=np.float32)
-    return Look(np.packbits(bits), (fields - fields.mean(-1, keepdims=True)).ravel())
+    grey = np.asarray(picture.convert("L").resize((_GREY, _GREY), Image.Resampling.BOX), dtype=np.float32).ravel()
+    grey = (grey - grey.mean()) / max(float(grey.std()), _LEAST_SPREAD)
+    return Look(np.packbits(bits), (fields - fields.mean(-1, keepdims=True)).ravel(), grey)
 
 
 def _looks(paths: Sequence[Path]) -> tuple[dict[Path, Look], int]:
@@ -74,17 +79,43 @@ def _looks(paths: Sequence[Path]) -> tuple[dict[Path, Look], int]:
     )
 
 
+class _Looks:
+    """Looks side by side, so that one is compared with all of them at once."""
+
+    def __init__(self, looks: Sequence[Look]) -> None:
+        self._bits_N4 = np.stack([look.bits_32 for look in looks]).view(np.uint64)
+        self._tint_N48 = np.stack([look.tint_48 for look in looks])
+        self._grey_N1024 = np.stack([look.grey_1024 for look in looks])
+
+    def like(self, look: Look, wanted_N: np.ndarray | None = None) -> np.ndarray:
+        """The places of those that look the same as `look`, among the `wanted_N` (all of them)."""
+        same_N = np.bitwise_count(self._bits_N4 ^ look.bits_32.view(np.uint64)).sum(1) <= _MOST_BITS
+        near = np.flatnonzero(same_N if wanted_N is None else same_N & wanted_N)
+        near = near[np.abs(self._tint_N48[near] - look.tint_48).max(1) <= _MOST_TINT]
+        return near[np.abs(self._grey_N1024[near] - look.grey_1024).max(1) <= _MOST_GREY]
+
+
 def alike(looks: Sequence[Look], others: Sequence[Look]) -> list[list[int]]:
     """For each of `looks` the places among `others` that look the same."""
     if not looks or not others:
         return [[] for _ in looks]
-    bits_N4 = np.stack([look.bits_32 for look in others]).view(np.uint64)
-    tint_N48 = np.stack([look.tint_48 for look in others])
-    found = []
-    for look in looks:
-        near = np.flatnonzero(np.bitwise_count(bits_N4 ^ look.bits_32.view(np.uint64)).sum(1) <= _MOST_BITS)
-        found.append([int(place) for place in near[np.abs(tint_N48[near] - look.tint_48).max(1) <= _MOST_TINT]])
-    return found
+    among = _Looks(others)
+    return [among.like(look).tolist() for look in looks]
+
+
+def families(looks: Sequence[Look]) -> np.ndarray:
+    """A number for each look, the same for two that look alike or have a chain of such between them.
+
+    Pairs that are of one family already are not compared, and none are kept: ten thousand pictures of one look have fifty million.
+    """
+    labels_N = np.arange(len(looks))
+    among = _Looks(looks) if looks else None
+    for place, look in enumerate(looks):
+        assert among is not None
+        near = among.like(look, labels_N != labels_N[place])
+        if len(near):
+            labels_N[np.isin(labels_N, labels_N[near])] = labels_N[place]
+    return labels_N
 
 
 def _paths(records: Sequence[Record]) -> dict[Path, str]:
@@ -132,10 +163,7 @@ def _families(files: Mapping[Path, str]) -> tuple[dict[Path, str], int]:
     first = {key: path for path, key in reversed(list(files.items()))}  # the same bytes are decoded once
     looks, lost = _looks(list(first.values()))
     keys = [key for key, path in first.items() if path in looks]
-    own = [looks[first[key]] for key in keys]
-    edges = [(row, column) for row, near in enumerate(alike(own, own)) for column in near]
-    rows, columns = zip(*edges, strict=True) if edges else ((), ())
-    _, labels = connected_components(coo_array((np.ones(len(edges)), (rows, columns)), shape=(len(keys), len(keys))), directed=False)
+    labels = families([looks[first[key]] for key in keys])
     named = {key: f"look {label}" for key, label in zip(keys, labels, strict=True)}
     return {path: named.get(key, key) for path, key in files.items()}, lost
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from scipy.special import logsumexp
 
 from intervale.core.errors import UserError
 from intervale.core.files import inside
@@ -90,7 +91,8 @@ def letter_scores(first: Sequence[tuple[str, float]], count: int) -> list[float]
     if not any(letter in found for letter in letters):
         return None
     below = math.nextafter(min(value for _, value in first), -math.inf)
-    return [math.log(math.fsum(map(math.exp, found[letter]))) if letter in found else below for letter in letters]
+    # logsumexp: servers write -9999 for next to nothing, which exp makes 0.
+    return [float(logsumexp(found[letter])) if letter in found else below for letter in letters]
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
         with disk_errors(path), open(path, "rb+") as file:
             file.truncate(len(complete))
     lines = [parse_json(line, f"{path}:{n}") for n, line in enumerate(read_text(path).split("\n"), 1) if line]
+    odd = next((n for n, line in enumerate(lines, 1) if not isinstance(line, dict) or not isinstance(line.get("id"), str)), None)
+    if odd is not None:
+        raise UserError(f"{path}: damaged: line {odd} is no prediction", "evaluate again with --fresh")
     ids = [line["id"] for line in lines]
     if len(set(ids)) != len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
@@ -74,10 +77,14 @@ def append_prediction(folder: Path, line: dict[str, Any]) -> None:
 
 
 def in_order(folder: Path, ids: Sequence[str]) -> list[dict[str, Any]]:
-    """The predictions of exactly these ids in this order, which the file has from now on (items are asked in another)."""
+    """The predictions of exactly these ids in this order, which the file has from now on (items are asked in another).
+
+    Raises: UserError when a line is of no item, or an item has no line: somebody else wrote into the file.
+    """
     lines = read_predictions(folder)
     by_id = {line["id"]: line for line in lines}
-    assert set(by_id) == set(ids)
+    if odd := sorted(set(by_id) ^ set(ids)):
+        raise UserError(f"{folder / PREDICTIONS}: damaged: {odd[0]!r} is not in both the file and the data", "evaluate again with --fresh")
     ordered = [by_id[name] for name in ids]
     if ordered != lines:
         write_atomic(folder / PREDICTIONS, "".join(map(_as_text, ordered)))

@@ -14,13 +14,13 @@ from intervale.evaluate.prompts import LETTERS
 
 # The tutorial's training answers read "<choice>，图中的菜是<dish>". The dish is told, not asked for, and its name often contains
 # another choice ("辣，图中的菜是酸辣粉" would also hit 酸), so what follows is not part of the answer.
-_TAIL = re.compile(r"\s*[，,]\s*图中的菜是")
+_TAIL = re.compile(r"[，,]\s*图中的菜是")
 
 
 def cut_tail(text: str) -> str:
     """The answer before the tutorial's "，图中的菜是"."""
     found = _TAIL.search(text)
-    return text[: found.start()] if found else text
+    return text[: found.start()].rstrip() if found else text
 
 
 def _kept(text: str) -> Iterator[tuple[str, bool]]:
@@ -97,18 +97,21 @@ _FILLER = r"[^A-Za-z0-9不非没\n]{0,6}?"
 
 
 def _patterns(letters: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
-    """(lone letter, letter at the start, letter after a keyword, line that starts with a letter) for these letters."""
+    """(lone letter, letter at the start, letter after a keyword, line that starts with a letter) for these letters.
+
+    None takes longer than in proportion to the answer: some servers fill megabytes with blanks.
+    """
     one = f"([{letters}])"
     # "A" and "I" are English words too: "Answer: A Sichuan dish" is no letter, "A because ..." is.
     word = r"(?![A-Za-z0-9])(?!\s+(?!because|since|as\b|for\b)[A-Za-z])" if set(letters) & {"A", "I"} else r"(?![A-Za-z0-9])"
     hedge = rf"(?!{_CLOSE}\s*(?:[,、/&]|或者?|和|与|or\b|and\b)\s*{_OPEN}[{letters}](?![A-Za-z]))"
-    lone = re.compile(rf"^{_OPEN}([{letters}{letters.lower()}]){_CLOSE}[.、,:;。!?]*{_CLOSE}$")
+    lone = re.compile(rf"^{_OPEN}([{letters}{letters.lower()}]){_CLOSE}+[.、,:;。!?]*+{_CLOSE}$")
     start = re.compile(rf"^{_OPEN}{one}{hedge}(?:[)\]}}】」』〉》>\"'*`]+|[.、,:;。!?]|\s*\n)")
     keyword = re.compile(
         rf"(?:(?<!不)(?<!别)选(?:择|项)?|答案|\b(?:[Aa]nswer|ANSWER|[Oo]ption|OPTION|[Cc]hoice))(?:应该|应当|应)?(?:\s+(?:is|would be|should be))?"
         rf"(?:\s+(?:option|choice))?{_FILLER}(?<![A-Za-z]){one}{word}{hedge}"
     )
-    line = re.compile(rf"^\s*{_OPEN}{one}{_CLOSE}\s*[.、:)]", re.MULTILINE)
+    line = re.compile(rf"^[^\S\n]*{_OPEN}{one}{_CLOSE}\s*[.、:)]", re.MULTILINE)
     return lone, start, keyword, line
 
 

@@ -81,6 +81,9 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
         with disk_errors(path), open(path, "rb+") as file:
             file.truncate(len(complete))
     found = [parse_json(line, f"{path}:{number}") for number, line in enumerate(read_text(path).split("\n"), 1) if line]
+    odd = next((n for n, line in enumerate(found, 1) if not isinstance(line, dict) or not isinstance(line.get("key"), str)), None)
+    if odd is not None:
+        raise UserError(f"{path}: damaged: line {odd} is no answer", "start over with --fresh")
     twice = [key for key, count in Counter(answer["key"] for answer in found).items() if count > 1]
     if twice:
         raise UserError(f"{path}: {twice[0]!r} stands twice", "two runs wrote into this folder; start over with --fresh")
