@@ -211,8 +211,9 @@ class _Progress:
         spent = max(now - self._began, 1e-9)
         seconds = round(spent * max(self._left, 0) / max(self._before - self._left, 1e-9))
         left, pace, share = f"{seconds // 60}:{seconds % 60:02d}", self._fresh / spent, self.correct / self.done
-        self._tell(say(f"{self.done}/{self.total}  right so far {share:.1%}  {pace:,.{pace < 10:d}f} items/s  ETA {left}",
-                       f"{self.done}/{self.total}  目前正确率 {share:.1%}  {pace:,.{pace < 10:d}f} 条/秒  剩余 {left}"))  # fmt: skip
+        rate = f"{pace:,.0f}" if pace >= 10 else f"{pace:.2g}"
+        self._tell(say(f"{self.done}/{self.total}  right so far {share:.1%}  {rate} items/s  ETA {left}",
+                       f"{self.done}/{self.total}  目前正确率 {share:.1%}  {rate} 条/秒  剩余 {left}"))  # fmt: skip
 
 
 def score(lines: Sequence[dict[str, Any]], parsed: str = "parsed") -> dict[str, Any]:
