@@ -162,10 +162,12 @@ def test_ctrl_c_reaches_every_process_once_and_the_run_goes_on(tmp_path: Path, t
 
 
 @pytest.mark.slow
-def test_a_fault_of_the_input_is_told_once_and_ends_all(tmp_path: Path, tiny: Path, plates: Path) -> None:
+def test_a_fault_of_the_input_is_told_and_ends_all(tmp_path: Path, tiny: Path, plates: Path) -> None:
     done = together(write_recipe(tmp_path, tiny, plates), "parallel.strategy=ddp", "data.train=/nowhere.jsonl")
     assert done.returncode == 1
-    assert done.stderr.count("/nowhere.jsonl: cannot be read") == 1
+    # By the first process; by another one too when that was the first to end, for then its words may be the only ones.
+    assert done.stderr.count("/nowhere.jsonl: cannot be read") in (1, 2)
+    assert "Traceback" not in done.stderr
 
 
 def test_more_processes_need_a_strategy_and_muon_needs_whole_matrices(tmp_path: Path, tiny: Path, plates: Path) -> None:
