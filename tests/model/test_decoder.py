@@ -102,3 +102,17 @@ def test_compiled_layers_are_plain_ones_in_few_graphs(monkeypatch: pytest.Monkey
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[: len(plain)] == [1] * len(plain)
     assert counts[-1] == counts[-2]
+
+
+def test_joint_projections_keep_the_attentions_own_dropout() -> None:
+    network, text = text_model("llama")
+    for layer in text.layers:
+        layer.self_attn.attention_dropout = 0.5
+    torch.manual_seed(3)
+    apart = walked(network, text, [Group(2, 9)], Walk())
+    for layer in text.layers:
+        attention = layer.self_attn
+        attention.together = OneByOne([attention.q_proj, attention.k_proj, attention.v_proj])
+    torch.manual_seed(3)
+    for one, other in zip(apart, walked(network, text, [Group(2, 9)], Walk()), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)

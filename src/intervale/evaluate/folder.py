@@ -7,6 +7,7 @@ it; a summary is a function of the lines alone. Cost: one small append an item, 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,12 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
 
     Raises: UserError for a damaged line elsewhere, or an id that stands twice.
     """
-    path = folder / PREDICTIONS
+    return read_lines(folder / PREDICTIONS, "id", "prediction")
+
+
+def read_lines(path: Path, key: str, what: str) -> list[dict[str, Any]]:
+    """The complete lines of a JSONL that a run adds to, each an object with a text of its own under `key`; a half line at its end (a
+    crash) is cut off the file. Raises: UserError for a damaged line elsewhere, or a `key` that stands twice."""
     if not path.exists():
         return []
     raw = path.read_bytes()
@@ -59,19 +65,22 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
         with disk_errors(path), open(path, "rb+") as file:
             file.truncate(len(complete))
     lines = [parse_json(line, f"{path}:{n}") for n, line in enumerate(read_text(path).split("\n"), 1) if line]
-    odd = next((n for n, line in enumerate(lines, 1) if not isinstance(line, dict) or not isinstance(line.get("id"), str)), None)
+    odd = next((n for n, line in enumerate(lines, 1) if not isinstance(line, dict) or not isinstance(line.get(key), str)), None)
     if odd is not None:
-        raise UserError(f"{path}: damaged: line {odd} is no prediction", "evaluate again with --fresh")
-    ids = [line["id"] for line in lines]
-    if len(set(ids)) != len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise UserError(f"{path}: the id {twice!r} stands twice", "two runs wrote into this folder; start over with --fresh")
+        raise UserError(f"{path}: damaged: line {odd} is no {what}", "start over with --fresh")
+    twice = [name for name, count in Counter(line[key] for line in lines).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: the {key} {twice[0]!r} stands twice", "two runs wrote into this folder; start over with --fresh")
     return lines
 
 
 def append_prediction(folder: Path, line: dict[str, Any]) -> None:
     """Add one line and hand it to the operating system. Raises: UserError on a full disk."""
-    path = folder / PREDICTIONS
+    append_line(folder / PREDICTIONS, line)
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Add one line to a JSONL and hand it to the operating system. Raises: UserError on a full disk."""
     with disk_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write(_as_text(line))
 

@@ -11,17 +11,16 @@ Promises: everything but the answers is made from the answers alone, so it is th
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intervale.core.errors import UserError
-from intervale.core.files import disk_errors, parse_json, read_json, read_object, read_text, set_aside, write_atomic, write_json
+from intervale.core.files import read_json, read_object, set_aside, write_atomic, write_json
 from intervale.core.lang import say
 from intervale.core.records import data_digest
 from intervale.core.runlog import differences, versions
-from intervale.evaluate.folder import PREDICTIONS, PROTOCOL, SUMMARY
+from intervale.evaluate.folder import PREDICTIONS, PROTOCOL, SUMMARY, append_line, read_lines
 from intervale.evaluate.foodieqa import Asking
 from intervale.evaluate.identity import pictures_digest
 from intervale.evaluate.kept_features import begun_with
@@ -72,29 +71,12 @@ def read_suite_json(folder: Path) -> dict[str, Any]:
 
 def read_answers(folder: Path) -> list[dict[str, Any]]:
     """The complete lines of answers.jsonl; a half line at its end (a crash) is cut off the file. Raises: UserError for damage elsewhere."""
-    path = folder / ANSWERS
-    if not path.exists():
-        return []
-    raw = path.read_bytes()
-    complete = raw[: raw.rfind(b"\n") + 1]
-    if len(complete) != len(raw):
-        with disk_errors(path), open(path, "rb+") as file:
-            file.truncate(len(complete))
-    found = [parse_json(line, f"{path}:{number}") for number, line in enumerate(read_text(path).split("\n"), 1) if line]
-    odd = next((n for n, line in enumerate(found, 1) if not isinstance(line, dict) or not isinstance(line.get("key"), str)), None)
-    if odd is not None:
-        raise UserError(f"{path}: damaged: line {odd} is no answer", "start over with --fresh")
-    twice = [key for key, count in Counter(answer["key"] for answer in found).items() if count > 1]
-    if twice:
-        raise UserError(f"{path}: {twice[0]!r} stands twice", "two runs wrote into this folder; start over with --fresh")
-    return found
+    return read_lines(folder / ANSWERS, "key", "answer")
 
 
 def append_answer(folder: Path, answer: dict[str, Any]) -> None:
     """Add one line and hand it to the operating system. Raises: UserError on a full disk."""
-    path = folder / ANSWERS
-    with disk_errors(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(answer, ensure_ascii=False, allow_nan=False) + "\n")
+    append_line(folder / ANSWERS, answer)
 
 
 def combination_folder(combination: Sequence[str], mode: str) -> str:

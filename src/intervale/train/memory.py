@@ -14,8 +14,7 @@ import torch
 from intervale.core.lang import say
 from intervale.train.recipe import TrainRecipe
 
-GIB = 1 << 30
-_MOST_TOKENS = 16384  # of a pack: beyond about this a GPU is no faster (InternVL2-2B on an H100)
+_MOST_TOKENS = 16384  # of a pack: five pictures of 13 tiles; more takes memory and no longer saves launches worth having
 _SHARE = 0.85  # of the free memory that a plan may count on
 _FAR_OVER = 2.0  # an estimate this many times over the room is not worth a try
 
@@ -65,13 +64,9 @@ def lower(fit: Fit, recipe: TrainRecipe, longest: int) -> Fit | None:
 def in_words(fit: Fit, recipe: TrainRecipe) -> str:
     """The plan for the log."""
     size = recipe.train.batch_size
-    packs = (
-        (
-            say("an item at a time", "逐条计算")
-            if fit.tokens == 1
-            else say(f"packs of up to {fit.tokens:,} tokens", f"每个 pack 至多 {fit.tokens:,} 个 token")
-        )
-        if fit.tokens
-        else say(f"packs of {size} items", f"每个 pack {size} 条")
-    )
+    packs = say(f"packs of up to {fit.tokens:,} tokens", f"每个 pack 至多 {fit.tokens:,} 个 token")
+    if fit.tokens == 0:
+        packs = say(f"packs of {size} items", f"每个 pack {size} 条")
+    elif fit.tokens == 1:
+        packs = say("an item at a time", "逐条计算")
     return packs + (say(", activations recomputed", "，重算激活值") if fit.recompute else "")
