@@ -6,7 +6,7 @@ import io
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import Image
 from serve_fixture import encoded, live, picture
 from speaking import Speaker
 
-from intervale.engine.api import Photo, Request, Sampling
+from intervale.engine.api import Delta, Photo, Request, Sampling
 from intervale.engine.scheduler import Scheduler
 from intervale.serve.app import Serving, create_app
 from intervale.serve.door import DoorRules, read_keys
@@ -179,6 +179,44 @@ def test_leaving_an_answer_frees_its_place_and_spoils_nobody_elses() -> None:
         time.sleep(0.01)
     assert desk.load().active == 0
     desk.close()
+
+
+class _Dictated:
+    """A desk whose answer says what it is told to say, when it is told."""
+
+    models = ("echo",)
+
+    def __init__(self) -> None:
+        self.words: asyncio.Queue[str] = asyncio.Queue()
+
+    async def answer(self, request: Request) -> AsyncGenerator[Delta, None]:
+        while True:
+            yield Delta(await self.words.get(), 1, "", 5)
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_a_stop_that_comes_together_with_news_is_not_lost(turns: int) -> None:
+    """The cancel is put at each turn of the event loop while a new piece travels; `asyncio.wait_for` of Python 3.11 lost one of them."""
+
+    async def scene() -> bool:
+        desk: Any = _Dictated()
+
+        async def watch() -> None:
+            async for _ in answers(desk, [Request((_turn("x"),))], every=0):
+                pass
+
+        watching = asyncio.create_task(watch())
+        await asyncio.sleep(0.02)
+        desk.words.put_nowait("a")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        watching.cancel()
+        await asyncio.wait({watching}, timeout=2)
+        heard = watching.cancelled()
+        watching.cancel()
+        return heard
+
+    assert asyncio.run(scene())
 
 
 def _turn(text: str) -> Any:

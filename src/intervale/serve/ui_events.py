@@ -122,8 +122,9 @@ class Page:
             yield gr.skip(), gr.skip(), box_of(False), trouble(tongue, fault)
             return
         talk = (*talk, Exchange(text, files, strip))
-        async for values in self._answered(request, talk, chosen, box_of(True, value=None)):
-            yield values
+        async with contextlib.aclosing(self._answered(request, talk, chosen, box_of(True, value=None))) as growing:
+            async for values in growing:
+                yield values
 
     async def retry(self, request: gr.Request, talk: Talk, *chosen: Any) -> AsyncGenerator[_Values, None]:
         """The last question once more."""
@@ -131,8 +132,9 @@ class Page:
             yield gr.skip(), gr.skip(), box_of(False), ""
             return
         again = with_last(talk, answer="", end="", note="")
-        async for values in self._answered(request, again, chosen, box_of(True), again=True):
-            yield values
+        async with contextlib.aclosing(self._answered(request, again, chosen, box_of(True), again=True)) as growing:
+            async for values in growing:
+                yield values
 
     async def edit(self, request: gr.Request, data: gr.EditData, talk: Talk, *chosen: Any) -> AsyncGenerator[_Values, None]:
         """A question in other words; what came after it is gone."""
@@ -141,8 +143,9 @@ class Page:
             yield talk, messages(talk), box_of(False), ""
             return
         changed = Exchange(text, talk[at].pictures, talk[at].shown)
-        async for values in self._answered(request, (*talk[:at], changed), chosen, box_of(True)):
-            yield values
+        async with contextlib.aclosing(self._answered(request, (*talk[:at], changed), chosen, box_of(True))) as growing:
+            async for values in growing:
+                yield values
 
     async def _answered(
         self, request: gr.Request, talk: Talk, chosen: _Values, box: Any, again: bool = False

@@ -197,7 +197,8 @@ async def answers(
     try:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(news.wait(), LIFE)
+                async with asyncio.timeout(LIFE):  # not wait_for: in Python 3.11 it loses a cancel that comes together with the news
+                    await news.wait()
             news.clear()
             ended = all(task.done() for task in tasks)
             yield sides  # also without news: only so a visitor who has gone is noticed
