@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from intervale.core.errors import UserError
-from intervale.engine.api import ChatTurn, Delta, EngineError, Photo, RefusedError, Request, Sampling
+from intervale.engine.api import ChatTurn, Delta, EngineError, Likely, Photo, RefusedError, Request, Sampling
 from intervale.engine.remote import RemoteEngine
 
 ASK = Request((ChatTurn("user", ("hi",)),), Sampling(max_new_tokens=9, seed=3, stop=("x",)))
@@ -73,6 +74,29 @@ def test_an_answer_comes_with_its_counts_and_the_request_says_what_was_asked() -
     assert (asked["model"], asked["max_tokens"], asked["seed"], asked["stop"], asked["stream"]) == ("big", 9, 3, ["x"], True)
     assert "top_k" not in asked
     assert other.headers["authorization"] == "Bearer key"
+
+
+def test_log_probabilities_are_passed_on_or_refused() -> None:
+    top = [{"token": "he", "logprob": -0.1, "bytes": [104, 101]}, {"token": "ho", "logprob": -3}]
+    place = {"token": "he", "logprob": -0.1, "bytes": [104, 101], "top_logprobs": top}
+    part = {"choices": [{"delta": {"content": "he"}, "logprobs": {"content": [place]}, "finish_reason": None}]}
+    end = event(finish="stop") + USAGE + b"data: [DONE]\n\n"
+    asking = replace(ASK, sampling=replace(ASK.sampling, likely=1))
+    other = Other(b"data: " + json.dumps(part).encode() + b"\n\n" + end, GOOD, event(logprobs=None) + end)
+    assert [piece.likely for piece in engine(other).stream(asking) if piece.text] == [
+        (Likely("he", b"he", -0.1, (Likely("he", b"he", -0.1),)),)
+    ]
+    assert (other.asked[0]["logprobs"], other.asked[0]["top_logprobs"]) == (True, 1)
+    with pytest.raises(RefusedError, match="gives no log-probabilities"):
+        told(engine(other), asking)
+    part["choices"][0]["logprobs"] = {"content": [{"token": "he"}]}
+    with pytest.raises(RefusedError, match="in another form"):
+        told(engine(Other(b"data: " + json.dumps(part).encode() + b"\n\n" + end)), asking)
+
+
+def test_a_begun_answer_is_not_sent_where_it_would_be_taken_for_a_finished_one() -> None:
+    with pytest.raises(RefusedError, match="begun answer"):
+        told(engine(Other()), replace(ASK, turns=(*ASK.turns, ChatTurn("assistant", ("this is",)))))
 
 
 def test_pictures_go_as_data_urls_and_the_templates_line_break_stays_here() -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from intervale.model.load import load_network
-from intervale.model.tokenizer import Tokenizer, from_sentencepiece
+from intervale.model.tokenizer import Tokenizer, byte_level, from_sentencepiece, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,23 @@ def test_our_own_feature_path_equals_transformers(golden: Path) -> None:
     network = load_network(golden, dtype=torch.float32, device="cpu", image_token_id=290)
     pixels = load_file(golden / "reference.safetensors")["pixel_values"]
     assert torch.equal(picture_features(network, pixels), network.model.get_image_features(pixel_values=pixels).pooler_output)
+
+
+@pytest.mark.parametrize("text", ["what dish?", "  这是鱼香肉丝 🍜\n", "naïve—½ 𠮷\x00"])
+@pytest.mark.parametrize("kind", ["nano", "byte level", "InternLM2"])
+def test_the_bytes_of_a_texts_tokens_are_the_texts(text: str, kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer | None
+    if kind == "nano":
+        tokenizer = load_tokenizer(Path(str(files("intervale") / "assets" / "nano")))
+    elif kind == "byte level":
+        tokenizer = Tokenizer(byte_level(400, {300: "<|im_end|>"}), False, "test")
+    else:
+        shared: Path = request.getfixturevalue("shared")
+        tokenizer = Tokenizer(from_sentencepiece(shared / "data" / "internlm2_tokenizer" / "tokenizer.model"), True, "test")
+    assert tokenizer is not None
+    assert b"".join(map(tokenizer.bytes_of, tokenizer.encode(text))) == text.encode()
+    assert tokenizer.bytes_of(tokenizer.control("<|im_end|>")) == b"<|im_end|>"
+    assert tokenizer.bytes_of(10**6) == b""
 
 
 def test_the_internlm2_tokenizer_gives_the_official_ids(shared: Path) -> None:

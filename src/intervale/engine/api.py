@@ -72,7 +72,10 @@ class ChatTurn:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. `temperature` 0 is greedy: always the most likely token. `stop`: texts that end the answer, not in it."""
+    """How tokens are chosen. `temperature` 0 is greedy: always the most likely token. `stop`: texts that end the answer, not in it.
+
+    `likely`: how many of the likeliest tokens are to be told beside each token's own log-probability; None: not even that.
+    """
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -80,11 +83,12 @@ class Sampling:
     top_k: int = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    likely: int | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question: the turns so far, the user's last.
+    """One question: the turns so far, the user's last, or after it the beginning of an answer that is to be gone on with.
 
     `model` names one of the engine's models ('': its first), `visitor` whose question it is: fairness and reuse go by it.
     """
@@ -96,11 +100,23 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Likely:
+    """A token, its bytes (None: not told; one token may be half of a character), its natural log-probability in the model's own
+    distribution, before temperature and cuts; and the likeliest tokens in its place, the most likely first."""
+
+    token: str
+    raw: bytes | None
+    logprob: float
+    top: tuple[Likely, ...] = ()
+
+
+@dataclass(frozen=True)
 class Delta:
     """A piece of the answer. `finish`: '' while it goes on, then 'stop' or 'length'; `tokens` made so far.
 
     A piece may be empty: a sign of life while pictures are read. `prompt_tokens` is known from the first token on, and so is
-    `reused`, how many of them came from an earlier turn.
+    `reused`, how many of them came from an earlier turn. `likely` are the tokens since the last piece, the one that ends the
+    answer with them, where the request asks for that.
     """
 
     text: str
@@ -108,6 +124,7 @@ class Delta:
     finish: str = ""
     prompt_tokens: int = 0
     reused: int = 0
+    likely: tuple[Likely, ...] = ()
 
 
 class Engine(Protocol):

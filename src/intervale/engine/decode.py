@@ -6,7 +6,7 @@ continuation that is scored after it. Legend: S positions, V vocabulary, T token
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,10 +116,10 @@ def _chooser(sampling: Sampling) -> LogitsProcessorList:
     return warpers
 
 
-def generate(model: Model, start: Prefilled, sampling: Sampling) -> Iterator[int]:
+def generate(model: Model, start: Prefilled, sampling: Sampling, heard: Callable[[int, torch.Tensor], None] | None = None) -> Iterator[int]:
     """The answer's token ids, one at a time, a stop token last if it comes within `max_new_tokens`.
 
-    The cache grows with them. The same seed gives the same answer.
+    The cache grows with them. The same seed gives the same answer. `heard` is told each token and the logits (V) it was chosen by.
     """
     warpers = _chooser(sampling)
     generator = torch.Generator(device=model.device)
@@ -136,6 +136,8 @@ def generate(model: Model, start: Prefilled, sampling: Sampling) -> Iterator[int
         else:
             weights = torch.softmax(warpers(None, logits_V[None]), -1)
             token = int(torch.multinomial(weights[0], 1, generator=generator))
+        if heard is not None:
+            heard(token, logits_V)
         yield token
         if token in stops:
             return

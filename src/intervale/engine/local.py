@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,12 +22,13 @@ from intervale.core.errors import nearest
 from intervale.data.images import PictureError, load_picture
 from intervale.data.prompt import Picture, Turn, encode_turns
 from intervale.data.tiling import Tiling, cut_tiles
-from intervale.engine.api import ChatTurn, Delta, EngineError, Photo, RefusedError, Request
+from intervale.engine.api import ChatTurn, Delta, EngineError, Likely, Photo, RefusedError, Request
 from intervale.engine.decode import Prefilled, encode_tiles, generate, prefill, refuse_long
 from intervale.engine.reuse import Conversations, Features, Kept, Span
 from intervale.engine.text import spoken
 from intervale.model.load import Model, narrow
 from intervale.model.pair import Pair
+from intervale.model.tokenizer import Tokenizer
 
 FEATURE_BYTES = 512 << 20  # about 40 pictures of 13 tiles for InternVL2-2B in float32
 CACHE_BYTES = 1 << 30  # about 10,000 tokens for InternVL2-2B in bfloat16
@@ -91,9 +92,11 @@ class LocalEngine:
                 if start is None:
                     yield Delta("", 0)
             assert start is not None
-            told = spoken(self._tokens(face, start, request, made), face.model.tokenizer.decode, face.model.stop_ids, request.sampling.stop)
-            for text, tokens, finish in told:
-                yield Delta(text, tokens, finish, len(asked.ids_S), reused)
+            likely: list[Likely] = []
+            tokens = self._tokens(face, start, request, made, likely)
+            for text, count, finish in spoken(tokens, face.model.tokenizer.decode, face.model.stop_ids, request.sampling.stop):
+                yield Delta(text, count, finish, len(asked.ids_S), reused, tuple(likely))
+                likely.clear()
         except torch.OutOfMemoryError as error:
             self.forget()
             raise EngineError("the engine ran out of memory", "try again, with fewer or smaller pictures", "out_of_memory", 5) from error
@@ -102,9 +105,14 @@ class LocalEngine:
             raise
         self._keep(owner, asked, made, cache)
 
-    def _tokens(self, face: Face, start: Prefilled, request: Request, made: list[int]) -> Iterator[int]:
-        """The answer's tokens, also noted in `made`; whatever others did in between, each step computes with this face."""
-        tokens = generate(face.model, start, request.sampling)
+    def _tokens(self, face: Face, start: Prefilled, request: Request, made: list[int], likely: list[Likely]) -> Iterator[int]:
+        """The answer's tokens, also noted in `made`, and in `likely` if asked for; whatever others did in between, each step computes with this face."""
+        most, tokenizer = request.sampling.likely, face.model.tokenizer
+
+        def heard(token: int, logits_V: torch.Tensor) -> None:
+            likely.append(_likely(tokenizer, token, logits_V, most or 0))
+
+        tokens = generate(face.model, start, request.sampling, None if most is None else heard)
         while True:
             face.enter()
             token = next(tokens, None)
@@ -160,6 +168,18 @@ class LocalEngine:
             yield start if at + len(ids_S) == len(asked.ids_S) else None
 
 
+def _likely(tokenizer: Tokenizer, token: int, logits_V: torch.Tensor, most: int) -> Likely:
+    logprobs_V = torch.log_softmax(logits_V, -1)
+    best = torch.topk(logprobs_V, min(most, len(logprobs_V)))
+    top = tuple(_told(tokenizer, at, value) for at, value in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return replace(_told(tokenizer, token, float(logprobs_V[token])), top=top)
+
+
+def _told(tokenizer: Tokenizer, token: int, logprob: float) -> Likely:
+    raw = tokenizer.bytes_of(token)
+    return Likely(raw.decode("utf-8", "replace"), raw, logprob)
+
+
 def _decoded(picture: Image.Image | Photo) -> Image.Image:
     if not isinstance(picture, Photo):
         return picture
@@ -170,14 +190,17 @@ def _decoded(picture: Image.Image | Photo) -> Image.Image:
 
 
 def _asked(face: Face, request: Request) -> _Asked:
-    """The request as ids and places. Raises: RefusedError when the user does not speak last, or for a prompt beyond the context."""
-    if not request.turns or request.turns[-1].role != "user":
+    """The request as ids and places. Raises: RefusedError when nobody is asked to speak, or for a prompt beyond the context."""
+    asked, begun = request.turns, ""
+    if asked and asked[-1].role == "assistant":  # a begun answer, to go on with
+        asked, begun = asked[:-1], "".join(part for part in asked[-1].parts if isinstance(part, str))
+    if not asked or asked[-1].role != "user":
         raise RefusedError("the conversation must end with the user's turn", "ask something", "invalid_messages")
     model = face.model
     pictures: list[tuple[Image.Image | Photo, Tiling]] = []
     keys: list[Hashable] = []
     counts: list[int] = []
-    for turn in request.turns:
+    for turn in asked:
         for part in turn.parts:
             if not isinstance(part, str):
                 limit = part.max_tiles if isinstance(part, Photo) else None
@@ -186,8 +209,9 @@ def _asked(face: Face, request: Request) -> _Asked:
                 keys.append((face.eyes, id(model.network), tiling, _digest(part)))
                 counts.append(tiling.tokens_of(*part.size))
     left = iter(counts)
-    turns = [_turn(turn, left) for turn in request.turns]
+    turns = [_turn(turn, left) for turn in asked]
     ids_S = encode_turns(turns, model.template, model.tokenizer, answer_next=True).ids_S
+    ids_S = np.concatenate([ids_S, np.array(model.tokenizer.encode(begun), np.int64)])
     refuse_long(model, len(ids_S))
     places = np.flatnonzero(ids_S == model.network.config.image_token_id)
     starts = np.cumsum([0, *counts])[:-1]

@@ -12,7 +12,7 @@ import contextlib
 import io
 import random
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -24,7 +24,7 @@ from PIL import Image
 
 from intervale.core.errors import UserError, nearest
 from intervale.core.wire import from_json, to_json
-from intervale.engine.api import ChatTurn, Delta, EngineError, Load, Photo, RefusedError, Request, UpstreamRefusedError
+from intervale.engine.api import ChatTurn, Delta, EngineError, Likely, Load, Photo, RefusedError, Request, UpstreamRefusedError
 
 _AGAIN = (408, 429, 502, 503, 504)  # the server was busy or away: it did not look at the request
 _LONGEST_PAUSE = 30.0  # seconds, also where the server asks for more
@@ -114,13 +114,15 @@ class RemoteEngine:
             raise RefusedError(
                 f"there is no model {model[:80]!r}{nearest(model[:80], self.models)}", f"use one of {known}", "model_not_found"
             )
+        if request.turns and request.turns[-1].role != "user":  # LMDeploy would take it as a finished answer, without a word
+            raise RefusedError("this engine's server cannot go on with a begun answer", "end with the user's turn", "unsupported_value")
         self._active += 1
         try:
             large = any(isinstance(part, Image.Image) for turn in request.turns for part in turn.parts)  # to be compressed
             body = await asyncio.to_thread(_body, request, model) if large else _body(request, model)
             for attempt in range(self._retries + 1):
                 try:
-                    async with aclosing(self._attempt(body)) as pieces:
+                    async with aclosing(self._attempt(body, request.sampling.likely)) as pieces:
                         async for piece in pieces:
                             yield piece
                     return
@@ -133,7 +135,7 @@ class RemoteEngine:
         finally:
             self._active -= 1
 
-    async def _attempt(self, body: bytes) -> AsyncGenerator[Delta, None]:
+    async def _attempt(self, body: bytes, likely: int | None) -> AsyncGenerator[Delta, None]:
         """One try. Raises: RetryError while nothing has been said."""
         begun = False
         headers = {**self._headers, "Content-Type": "application/json", "Accept": "text/event-stream"}
@@ -142,7 +144,7 @@ class RemoteEngine:
                 if got.status_code != 200:
                     raise await refusal(got)
                 self._fault = ""
-                async with aclosing(_pieces(got)) as pieces:
+                async with aclosing(_pieces(got, likely)) as pieces:
                     async for piece in pieces:
                         begun = begun or bool(piece.text)
                         yield piece
@@ -186,6 +188,8 @@ def request_json(request: Request, model: str) -> dict[str, Any]:
         "top_p": sampling.top_p,
     }
     optional = {"top_k": sampling.top_k or None, "seed": sampling.seed, "stop": list(sampling.stop) or None}
+    if sampling.likely is not None:
+        optional |= {"logprobs": True, "top_logprobs": max(1, sampling.likely)}  # LMDeploy gives none for 0
     return body | {name: value for name, value in optional.items() if value is not None}
 
 
@@ -257,8 +261,11 @@ def _seconds(after: str) -> float | None:
         return None
 
 
-async def _pieces(got: httpx.Response) -> AsyncGenerator[Delta, None]:
-    """The deltas of an event stream; the last one carries the finish and the counts."""
+async def _pieces(got: httpx.Response, likely: int | None = None) -> AsyncGenerator[Delta, None]:
+    """The deltas of an event stream; the last one carries the finish and the counts.
+
+    Raises: EngineError for an error in the stream; RefusedError where log-probabilities (`likely` beside each) were asked for and do not come.
+    """
     tokens, prompt, reused, finish = 0, 0, 0, ""
     async with aclosing(_events(got)) as events:
         async for event in events:
@@ -272,12 +279,31 @@ async def _pieces(got: httpx.Response) -> AsyncGenerator[Delta, None]:
             for choice in event.get("choices") or []:
                 text = (choice.get("delta") or {}).get("content") or ""
                 finish = choice.get("finish_reason") or finish
-                if text:
-                    tokens += 1
-                    yield Delta(text, tokens)
+                found = () if likely is None else _likely(choice, likely)
+                if text and likely is not None and not found:
+                    raise RefusedError("the engine's server gives no log-probabilities", "ask without logprobs", "unsupported_value")
+                if text or found:
+                    tokens += max(1, len(found))
+                    yield Delta(text, tokens, likely=found)
     if not finish:
         raise httpx.RemoteProtocolError("the stream ended without a reason")
     yield Delta("", tokens, finish, prompt, reused)
+
+
+def _likely(choice: dict[str, Any], most: int) -> tuple[Likely, ...]:
+    """The tokens of a chunk. Raises: RefusedError when they are not in OpenAI's form."""
+
+    def entry(one: dict[str, Any], top: Sequence[dict[str, Any]] = ()) -> Likely:
+        raw = one.get("bytes")
+        return Likely(str(one["token"]), None if raw is None else bytes(raw), float(one["logprob"]), tuple(entry(other) for other in top))
+
+    try:
+        told = (choice.get("logprobs") or {}).get("content") or []
+        return tuple(entry(one, (one.get("top_logprobs") or [])[:most]) for one in told)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RefusedError(
+            "the engine's server gives log-probabilities in another form", "ask without logprobs", "unsupported_value"
+        ) from error
 
 
 async def _events(got: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:

@@ -159,7 +159,7 @@ class EndpointAsker:
         except UpstreamRefusedError as refused:
             if not self.letters:
                 raise
-            hint = "a server that gives no log-probabilities (`intervale serve` is one) cannot be asked by likelihood: use strict"
+            hint = "a server that gives no log-probabilities cannot be asked by likelihood: use strict"
             raise UpstreamRefusedError(refused.what, f"{refused.fix}; {hint}", refused.code) from None
 
     def _line(self, key: str, told: Whole | UpstreamRefusedError, asking: Asking) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Cost: about a second to build from tokenizer.model, milliseconds from tokenizer.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,10 @@ _INTERNLM2_BASE = 92544
 _QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Headers, system text and stock questions come again in every item: they are encoded once.
 _SHORT, _MOST_KNOWN = 200, 20_000  # characters; texts
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+# Byte-level vocabularies write a byte as the Latin-1 letter of its number where that is visible; the others follow from 256 on.
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTE_LEVEL = {chr(at): at for at in _VISIBLE} | {chr(256 + n): at for n, at in enumerate(sorted({*range(256)} - {*_VISIBLE}))}
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,17 @@ class Tokenizer:
         """Ids to text without control tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
+    def bytes_of(self, token: int) -> bytes:
+        """A token's part of a text in UTF-8, also where it is half of a character; of a control token, its name."""
+        piece = self.backend.id_to_token(token)
+        if piece is None:  # an embedding has rows beyond the vocabulary
+            return b""
+        if token in self._added:
+            return piece.encode()
+        if isinstance(self.backend.decoder, decoders.ByteLevel):
+            return bytes(_BYTE_LEVEL[letter] for letter in piece if letter in _BYTE_LEVEL)
+        return bytes.fromhex(piece[3:5]) if _BYTE.fullmatch(piece) else piece.replace("▁", " ").encode()
+
     @property
     def size(self) -> int:
         """Pieces and added tokens together."""
@@ -91,6 +107,10 @@ class Tokenizer:
         plain = Backend.from_str(self.backend.to_str())
         plain.encode_special_tokens = True
         return plain
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.backend.get_added_tokens_decoder())
 
     @cached_property
     def _eaters(self) -> frozenset[str]:

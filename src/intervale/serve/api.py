@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from intervale.core.errors import nearest
 from intervale.core.wire import to_json
-from intervale.engine.api import ChatTurn, Delta, Desk, Photo, Request, Sampling
+from intervale.engine.api import ChatTurn, Delta, Desk, Likely, Photo, Request, Sampling
 from intervale.serve.errors import ApiError, as_api_error, bad
 from intervale.serve.limits import Limits, read_body
 from intervale.serve.media import MediaLimits, fetch_picture, photos_of
@@ -109,7 +109,7 @@ async def _chat(http: HttpRequest, desk: Desk, limits: Limits, media: MediaLimit
         if not body.stream:
             whole = await _unless_gone(http, _whole(pieces, first, doing))
             _finish(metrics, doing, "done")
-            return JSONResponse(_completion(doing, whole))
+            return JSONResponse(_completion(doing, whole, request.sampling.likely is not None))
     except BaseException:
         await pieces.aclose()
         raise
@@ -156,6 +156,7 @@ async def _asked(body: ChatBody, limits: Limits, media: MediaLimits, visitor: st
         top_k=max(0, body.top_k or 0),
         seed=body.seed,
         stop=tuple(body.stop or ()),
+        likely=body.likely(),
     )
     return Request(tuple(turns), sampling, body.model, visitor)
 
@@ -190,15 +191,22 @@ async def _first(pieces: AsyncGenerator[Delta, None], doing: _Answering) -> Delt
     raise RuntimeError("an answer without an end")
 
 
-async def _whole(pieces: AsyncGenerator[Delta, None], first: Delta, doing: _Answering) -> str:
-    texts, finish = [first.text], first.finish
-    if not finish:
+async def _whole(pieces: AsyncGenerator[Delta, None], first: Delta, doing: _Answering) -> Delta:
+    """The answer as one piece."""
+    told = [first]
+    if not first.finish:
         async for piece in pieces:
             doing.saw(piece)
-            texts.append(piece.text)
-            finish = piece.finish
-    doing.last = Delta("", doing.last.tokens, finish, doing.last.prompt_tokens, doing.last.reused)
-    return "".join(texts)
+            told.append(piece)
+    doing.last = _joined(told, doing.last)
+    return doing.last
+
+
+def _joined(pieces: Sequence[Delta], counted: Delta | None = None) -> Delta:
+    """Pieces that follow each other as one, with the counts of the last or of `counted`."""
+    last = counted or pieces[-1]
+    likely = tuple(one for piece in pieces for one in piece.likely)
+    return Delta("".join(piece.text for piece in pieces), last.tokens, pieces[-1].finish, last.prompt_tokens, last.reused, likely)
 
 
 class _Events(StreamingResponse):
@@ -219,8 +227,8 @@ class _Events(StreamingResponse):
 async def _events(pieces: AsyncGenerator[Delta, None], doing: _Answering, metrics: Metrics, usage: bool) -> AsyncGenerator[bytes, None]:
     """The stream's events; the role first, then the text, then the reason it ended."""
 
-    def chunk(delta: dict[str, str], finish: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    def chunk(delta: dict[str, str], finish: str | None = None, likely: tuple[Likely, ...] = ()) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": _logprobs(likely) if likely else None, "finish_reason": finish}
         return _event(_head(doing, "chat.completion.chunk") | {"choices": [choice]} | ({"usage": None} if usage else {}))
 
     try:
@@ -228,8 +236,8 @@ async def _events(pieces: AsyncGenerator[Delta, None], doing: _Answering, metric
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 doing.saw(piece)
-                if piece.text:
-                    yield chunk({"content": piece.text})
+                if piece.text or piece.likely:
+                    yield chunk({"content": piece.text}, likely=piece.likely)
                 if piece.finish:
                     yield chunk({}, piece.finish)
         if usage:
@@ -273,9 +281,8 @@ async def _paced(first: Delta, rest: AsyncIterator[Delta]) -> AsyncGenerator[Del
             came.clear()
             some, waiting[:] = list(waiting), []
             if some:
-                last = some[-1]
-                yield Delta("".join(piece.text for piece in some), last.tokens, last.finish, last.prompt_tokens, last.reused)
-                if last.finish:
+                yield _joined(some)
+                if some[-1].finish:
                     return
             if faults:
                 raise faults[0]
@@ -300,9 +307,19 @@ def _usage(last: Delta) -> dict[str, Any]:
     return counts | {"prompt_tokens_details": {"cached_tokens": last.reused}}
 
 
-def _completion(doing: _Answering, text: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": doing.last.finish}
+def _logprobs(likely: tuple[Likely, ...]) -> dict[str, Any]:
+    """OpenAI's form. Minus infinity is no JSON; their word for next to nothing is -9999."""
+
+    def entry(one: Likely) -> dict[str, Any]:
+        return {"token": one.token, "logprob": max(one.logprob, -9999.0), "bytes": None if one.raw is None else list(one.raw)}
+
+    return {"content": [entry(one) | {"top_logprobs": [entry(other) for other in one.top]} for one in likely], "refusal": None}
+
+
+def _completion(doing: _Answering, whole: Delta, likely: bool) -> dict[str, Any]:
+    message = {"role": "assistant", "content": whole.text, "refusal": None}
+    logprobs = _logprobs(whole.likely) if likely else None
+    choice = {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": whole.finish}
     return _head(doing, "chat.completion") | {"choices": [choice], "usage": _usage(doing.last)}
 
 

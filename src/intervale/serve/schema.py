@@ -16,13 +16,14 @@ from intervale.core.errors import nearest
 from intervale.serve.errors import ApiError, bad
 
 MOST_MESSAGES, MOST_PARTS, MOST_LETTERS = 500, 200, 400_000
+MOST_LIKELY = 20  # top_logprobs, as at OpenAI
 # Accepted and without effect: they label a request, or ask for what is the only way here.
 LABELS = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "parallel_tool_calls", "tool_choice",
 )  # fmt: skip
 # Accepted where they ask for nothing: name -> the values that do.
 _NOTHING: dict[str, tuple[Any, ...]] = {
-    "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "tools": ([],), "functions": ([],), "function_call": ("none",), "logit_bias": ({},),
+    "n": (1,), "tools": ([],), "functions": ([],), "function_call": ("none",), "logit_bias": ({},),
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "response_format": ({"type": "text"},),
     "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": ("none",), "web_search_options": (), "best_of": (1,),
     "echo": (False,), "ignore_eos": (False,), "min_p": (0,), "verbosity": ("medium",),
@@ -87,7 +88,8 @@ class StreamOptions(_Strict):
 
 
 class ChatBody(BaseModel):
-    """The request. `top_k` and `seed` are beside OpenAI's own; `stop` is one text or up to four."""
+    """The request. `top_k` and `seed` are beside OpenAI's own, and so are the two words of vLLM and SGLang by which the last message is an
+    answer to be gone on with; `stop` is one text or up to four."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     model: str
@@ -101,6 +103,10 @@ class ChatBody(BaseModel):
     max_completion_tokens: int | None = Field(None, ge=1)
     stop: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = Field(None, max_length=4)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LIKELY)
+    continue_final_message: bool = False
+    add_generation_prompt: bool | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -111,6 +117,10 @@ class ChatBody(BaseModel):
     @classmethod
     def _no_stream(cls, value: Any) -> Any:
         return False if value is None else value
+
+    def likely(self) -> int | None:
+        """How many likely tokens are to be told beside each; None: no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def most_tokens(self) -> int | None:
         """`max_tokens` by either of its names, or None."""
@@ -203,7 +213,18 @@ def read_chat(raw: bytes) -> ChatBody:
     except RecursionError:
         raise bad("invalid_json", "the body is nested too deeply") from None
     _check_order(body)
+    _check_pairs(body)
     return body
+
+
+def _check_pairs(body: ChatBody) -> None:
+    """Words that only mean something beside another."""
+    if body.top_logprobs and not body.logprobs:
+        raise bad("invalid_value", "top_logprobs needs logprobs: true", "top_logprobs")
+    if body.add_generation_prompt is not None and body.add_generation_prompt == body.continue_final_message:
+        raise bad(
+            "invalid_value", "add_generation_prompt is false where continue_final_message is true, and only there", "add_generation_prompt"
+        )
 
 
 def _check_order(body: ChatBody) -> None:
@@ -219,8 +240,12 @@ def _check_order(body: ChatBody) -> None:
     talk = [message.role for message in body.messages if message.role in ("user", "assistant")]
     if not talk or talk[0] != "user":
         raise bad("invalid_messages", "the conversation must begin with the user's message", "messages")
-    if talk[-1] != "user":
-        raise bad("invalid_messages", "the conversation must end with the user's message", "messages")
+    ends = "assistant" if body.continue_final_message else "user"
+    if talk[-1] != ends:
+        whose = {"user": "the user's message (an answer to go on with needs continue_final_message: true)"}.get(
+            ends, "the answer to go on with"
+        )
+        raise bad("invalid_messages", f"the conversation must end with {whose}", "messages")
     letters = sum(len(part.text) for message in body.messages for part in message.content if part.type == "text")
     if letters > MOST_LETTERS:
         raise bad("context_length_exceeded", f"the texts have {letters:,} characters; the limit is {MOST_LETTERS:,}", "messages")
