@@ -500,7 +500,7 @@ def straight_pair(tmp_path_factory: pytest.TempPathFactory, tiny: Path, plates: 
     """The folder of a run by two processes that torchrun started, dropout on, every step saved: 4 items a step, 6 steps."""
     folder = tmp_path_factory.mktemp("pair")
     path = write_recipe(folder, tiny, plates, epochs=3, save_steps=1, save_total_limit=-1, batch_size=1)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631", "-m", "intervale", "train"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "intervale", "train"]
     command = [*launch, str(path), "--set", "parallel.strategy=ddp", "--set", "data.workers=0", "--set", "parallel.processes=2"]
     subprocess.run(command, check=True, env=os.environ | {"INTERVALE_DEVICE": "cpu"}, capture_output=True)
     return folder
