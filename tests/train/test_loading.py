@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from intervale.core.records import Record, read_records
-from intervale.data.dataset import Item, TileCache, load_item
+from intervale.data.dataset import Item, ItemPicture, TileCache, load_item
 from intervale.data.images import PictureError
 from intervale.model.load import text_side
 from intervale.train.batches import Loaded, Packing, load_ahead, load_step
@@ -53,3 +54,16 @@ def test_an_unreadable_picture_is_told_at_its_step_with_its_fix(step: Callable[[
     assert (error.what, error.fix) == ("item 3: damaged", "replace it")
     assert name not in [own for batch in second.batches for own in batch.ids]
     assert len(second.batches) == 1
+
+
+def test_questions_on_one_picture_fit_into_packs_too() -> None:
+    """64 of them, 76 tokens each: a pack of 200 holds the 40 that they share and 36 of each of four; one of a token is one item."""
+    picture = (ItemPicture("p", 1, None),)
+    begin = np.concatenate([np.ones(1, np.int64), np.full(16, 9), np.full(23, 7)])
+    items = [Item(str(n), np.concatenate([begin, np.full(36, 100 + n)]), np.arange(76) >= 70, picture) for n in range(64)]
+    records = [Record(item.id, (), ()) for item in items]
+    for tokens, most in ((200, 4), (1, 1)):
+        loaded = load_step(records, lambda record: items[int(record.id)], range(64), Packing(4, tokens, share=True), 9)
+        assert {len(batch.ids) for batch in loaded.batches} == {most}
+        assert max(batch.tokens for batch in loaded.batches) <= max(tokens, 76)
+        assert sorted(int(name) for batch in loaded.batches for name in batch.ids) == list(range(64))

@@ -1,9 +1,11 @@
-"""A micro-batch as rows, and questions on one picture as one row that holds their common beginning once.
+"""A micro-batch as rows, and questions on one picture as rows that hold their common beginning once.
 
 Promises: every item's own tokens, positions and targets; a row of one item is that item. Sharing changes which tokens are computed
 twice, never what a token sees: a branch sees the common beginning and itself. Rows of about one length stand together in a group and
 are filled up to one shape, so that attention sees a plain batch and nothing is copied for it; what is filled in has no target and is
-seen by nobody. Cost: at most about `_WASTE` of the tokens, more only where there would be more than `_MOST_GROUPS` groups. NumPy only.
+seen by nobody. Branches of a row have one length too: where filling up a short one to a long one would take more tokens than the common
+beginning has, they stand in rows of their own. Cost: at most about `_WASTE` of the rows' tokens, more only where there would be more than
+`_MOST_GROUPS` groups. NumPy only.
 Legend: T tokens of all rows, S tokens of one item.
 """
 
@@ -73,6 +75,12 @@ class _Row:
     def tokens(self) -> int:
         return len(self.common[0]) + sum(len(ids) for ids, _ in self.branches)
 
+    @property
+    def filled(self) -> int:
+        """Tokens with every branch as long as the longest."""
+        branches, common, branch = self.shape
+        return common + branches * branch
+
 
 def _targets(item: Item) -> np.ndarray:
     """`targets_S`: at each token the next one if that is trained, else -1."""
@@ -82,15 +90,15 @@ def _targets(item: Item) -> np.ndarray:
 
 
 def common_beginning(items: Sequence[Item], image_token: int) -> int:
-    """How many tokens the items have in common at their start, if that holds all their pictures and nothing trained; else 0."""
+    """How many tokens the items (two or more) have in common at their start, of which all hold their pictures and nothing trained."""
     shortest = min(len(item.ids_S) for item in items)
     first = items[0].ids_S[:shortest]
     same = np.logical_and.reduce([first == item.ids_S[:shortest] for item in items[1:]])
     length = int(same.argmin()) if not same.all() else shortest
     # The token before the first target belongs to the branch: it is where that target is predicted.
     length = min(length, *(int(item.trained_S.argmax()) - 1 for item in items))
-    last_picture = int(np.flatnonzero(items[0].ids_S == image_token)[-1])
-    return length if length > last_picture else 0
+    assert length > int(np.flatnonzero(items[0].ids_S == image_token)[-1]), "parts begin alike up to their last picture"
+    return length
 
 
 def grouped(items: Sequence[Item]) -> list[list[Item]]:
@@ -101,23 +109,55 @@ def grouped(items: Sequence[Item]) -> list[list[Item]]:
     return list(groups.values())
 
 
-def _rows_of(items: Sequence[Item], share: bool, image_token: int) -> list[_Row]:
-    """The items as rows; with `share` items about the same pictures become one row where their beginnings agree."""
-    rows: list[_Row] = []
-    for group in grouped(items) if share else [[item] for item in items]:
-        length = common_beginning(group, image_token) if len(group) > 1 and group[0].pictures else 0
-        if length:
-            begin = (group[0].ids_S[:length], np.full(length, -1, np.int64))
-            rests = tuple((item.ids_S[length:], _targets(item)[length:]) for item in group)
-            rows.append(_Row(begin, rests, group[0].pictures))
-        else:
-            rows += [_Row((item.ids_S, _targets(item)), (), item.pictures) for item in group]
+def _alike(items: Sequence[Item], image_token: int) -> list[list[Item]]:
+    """Items about the same pictures in parts that begin alike up to the last picture; what is trained before that stands alone."""
+    parts: dict[object, list[Item]] = {}
+    for number, item in enumerate(items):
+        behind = int(np.flatnonzero(item.ids_S == image_token)[-1]) + 1 if item.pictures else 0
+        shares = item.pictures and int(item.trained_S.argmax()) > behind
+        parts.setdefault(item.ids_S[:behind].tobytes() if shares else number, []).append(item)
+    return list(parts.values())
+
+
+def _by_length(items: Sequence[Item], common: int) -> list[list[Item]]:
+    """Items with `common` first tokens in common in rows that are filled up with the fewest tokens: a row costs its beginning once more,
+    and its longest branch as often as it has branches."""
+    ordered = sorted(items, key=lambda item: -len(item.ids_S))
+    rests = [len(item.ids_S) - common for item in ordered]
+    best, cut = [0], [0]  # of the first n: the fewest tokens, and where their last row begins
+    for end in range(1, len(rests) + 1):
+        tried = min((best[start] + common + (end - start) * rests[start], start) for start in range(end))
+        best.append(tried[0])
+        cut.append(tried[1])
+    rows, end = [], len(ordered)
+    while end:
+        rows.append(ordered[cut[end] : end])
+        end = cut[end]
     return rows
 
 
+def _rows_of(items: Sequence[Item], share: bool, image_token: int) -> list[_Row]:
+    """The items as rows; with `share` items about the same pictures become one row where their beginnings agree."""
+    parts = [part for group in grouped(items) for part in _alike(group, image_token)] if share else [[item] for item in items]
+    rows: list[_Row] = []
+    for part in parts:
+        split = _by_length(part, common_beginning(part, image_token)) if len(part) > 1 else [part]
+        rows += [_row(one, image_token) for one in split]
+    return rows
+
+
+def _row(items: Sequence[Item], image_token: int) -> _Row:
+    first = items[0]
+    if len(items) == 1:
+        return _Row((first.ids_S, _targets(first)), (), first.pictures)
+    length = common_beginning(items, image_token)
+    rests = tuple((item.ids_S[length:], _targets(item)[length:]) for item in items)
+    return _Row((first.ids_S[:length], np.full(length, -1, np.int64)), rests, first.pictures)
+
+
 def row_tokens(items: Sequence[Item], share: bool, image_token: int) -> int:
-    """Tokens of the rows that these items give."""
-    return sum(row.tokens for row in _rows_of(items, share, image_token))
+    """Tokens of the rows that these items give, with what fills up their branches."""
+    return sum(row.filled for row in _rows_of(items, share, image_token))
 
 
 def _round_up(length: int, shapes: int) -> int:
@@ -145,7 +185,7 @@ def _in_groups(rows: Sequence[_Row], shapes: int) -> list[tuple[Group, list[_Row
             if groups and groups[-1][0].shape[0] == row.shape[0]:
                 tried = [*groups[-1], row]
                 group = _shape_of(tried, 0)
-                if group.rows * group.length <= (1 + waste) * sum(one.tokens for one in tried):
+                if group.rows * group.length <= (1 + waste) * sum(one.filled for one in tried):
                     groups[-1] = tried
                     continue
             groups.append([row])

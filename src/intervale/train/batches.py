@@ -122,10 +122,19 @@ def collate(items: Sequence[Item], image_token: int, share: bool = False, shapes
     )
 
 
+def _pieces(group: list[Item], packing: Packing, image_token: int) -> list[tuple[int, list[Item]]]:
+    """(tokens, items) of a group, in halves until each fits into a pack or is a single item."""
+    size = row_tokens(group, packing.share, image_token)
+    if len(group) == 1 or size <= packing.tokens:
+        return [(size, group)]
+    ordered, half = sorted(group, key=lambda item: -len(item.ids_S)), len(group) // 2
+    return _pieces(ordered[:half], packing, image_token) + _pieces(ordered[half:], packing, image_token)
+
+
 def _bins(items: Sequence[Item], packing: Packing, image_token: int) -> list[list[Item]]:
     """The items in packs of at most `packing.tokens` tokens (one item may have more), largest first, each where it fits best."""
     together = grouped(items) if packing.share else [[item] for item in items]
-    sizes = [(row_tokens(group, packing.share, image_token), group) for group in together]
+    sizes = [piece for group in together for piece in _pieces(group, packing, image_token)]
     bins: list[list[Item]] = []
     room: list[int] = []
     for size, group in sorted(sizes, key=lambda one: -one[0]):
