@@ -27,7 +27,7 @@ from intervale.train import job as jobs
 from intervale.train.best import scores_of
 from intervale.train.feature_cache import KeptFeatures, fill, plan_of, told
 from intervale.train.job import Job
-from intervale.train.memory import first_fit, in_words
+from intervale.train.memory import at_once, first_fit, in_words, what_to_set
 from intervale.train.optimizer import make_optimizer
 from intervale.train.parallel import World, join_world, leave_world, sum_values, wait
 from intervale.train.plot import draw_losses
@@ -76,14 +76,14 @@ def train(
             if sum_values(world, [float(state == "done")])[0]:
                 job.tell(say(f"{job.folder} is complete already; --fresh trains it again", f"{job.folder} 已经完成；--fresh 重新训练"))
                 return Outcome("done", job.folder, job.steps(world.size))
-            with jobs.guarded(job, world, state == "new"), _memory(job):
+            with jobs.guarded(job, world, state == "new"), _memory(job, world):
                 return _train(job, world, state, accept_changes, begun)
     finally:
         leave_world(world)
 
 
 @contextmanager
-def _memory(job: Job) -> Iterator[None]:
+def _memory(job: Job, world: World) -> Iterator[None]:
     """A device without enough memory, at the first step or a later one, is told with what to set; what was saved stays."""
     try:
         yield
@@ -91,10 +91,10 @@ def _memory(job: Job) -> Iterator[None]:
         gpu = isinstance(error, torch.OutOfMemoryError)
         if not gpu and not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
             raise
+        climbed = gpu and (world.size == 1 or job.recipe.parallel.strategy == "ddp")
         raise UserError(
             f"{'the GPU' if gpu else 'this machine'}'s memory is not enough for this recipe",
-            "halve train.batch_size and double train.accumulation (the same mathematics), set train.checkpointing: on, or lower data.max_tiles; "
-            "--resume --accept-changes goes on from the last checkpoint",
+            f"{what_to_set(job.recipe, gpu, climbed)}; --resume --accept-changes goes on from the last checkpoint",
         ) from error
 
 
@@ -116,8 +116,7 @@ def _dry_run(job: Job, world: World) -> Outcome:
     longest = job.measured.longest
     room = free_memory(world.device)
     fit = first_fit(job.recipe, world.device, longest, room - cost.weights - cost.optimizer, cost.kept, cost.recomputed)
-    at_once = min(fit.tokens, job.per_step * longest) if fit.tokens else job.recipe.train.batch_size * longest
-    held = at_once * (cost.recomputed if fit.recompute else cost.kept)
+    held = at_once(fit, job.recipe, longest, job.per_step) * (cost.recomputed if fit.recompute else cost.kept)
     whole = cost.weights + cost.optimizer + held
     number, limit, share = job.recipe.train.epochs, job.recipe.data.max_length, cost.trainable / cost.parameters
     total_gib, weights, states, activations, checkpoint, free = (

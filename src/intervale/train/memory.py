@@ -32,7 +32,7 @@ def first_fit(recipe: TrainRecipe, device: torch.device, longest: int, room: flo
     asked, wanted = recipe.train.pack_tokens, recipe.train.checkpointing
     ask = 0 if asked == "auto" else asked
     if device.type != "cuda":
-        rows = recipe.train.batch_size * longest
+        rows = max(ask, longest) if ask else recipe.train.batch_size * longest
         return Fit(ask, wanted == "on" or (wanted == "auto" and rows * kept > _SHARE * room))
     over = longest * kept > _FAR_OVER * _SHARE * room
     recompute = wanted == "on" or (wanted == "auto" and over)
@@ -41,14 +41,15 @@ def first_fit(recipe: TrainRecipe, device: torch.device, longest: int, room: flo
 
 
 def after_first_step(fit: Fit, device: torch.device, longest: int, tokens: int) -> Fit:
-    """The plan again, from what the first step's largest pack of `tokens` tokens took: packs that would not fit are made smaller."""
+    """The plan again, from what the first step's largest pack of `tokens` tokens took: packs that would not fit are made smaller,
+    none larger than the recipe asked for."""
     if device.type != "cuda" or not fit.tokens or not tokens:
         return fit
     static = torch.cuda.memory_allocated(device)
     each = max(1.0, (torch.cuda.max_memory_allocated(device) - static) / tokens)
     free, _ = torch.cuda.mem_get_info(device)
     room = 0.92 * (free + torch.cuda.memory_reserved(device)) - static
-    return replace(fit, tokens=max(longest, min(fit.tokens, int(room / each))))
+    return replace(fit, tokens=min(fit.tokens, max(longest, int(room / each))))
 
 
 def lower(fit: Fit, recipe: TrainRecipe, longest: int) -> Fit | None:
@@ -59,6 +60,26 @@ def lower(fit: Fit, recipe: TrainRecipe, longest: int) -> Fit | None:
     if recipe.train.checkpointing == "auto" and not fit.recompute:
         return replace(fit, recompute=True)
     return None
+
+
+def at_once(fit: Fit, recipe: TrainRecipe, longest: int, a_step: int) -> int:
+    """The most tokens that go through the network at once when a step has `a_step` items: an item may have more than a pack."""
+    return min(max(fit.tokens, longest), a_step * longest) if fit.tokens else recipe.train.batch_size * longest
+
+
+def what_to_set(recipe: TrainRecipe, gpu: bool, climbed: bool) -> str:
+    """What may still help when memory has ended; `climbed`: the ladder has tried smaller packs and, where it might, recomputing."""
+    settings = []
+    if not climbed and recipe.train.pack_tokens != 1:
+        settings.append("train.pack_tokens: 1 (an item at a time, the same step)")
+    if recipe.train.checkpointing == "off" or (not climbed and recipe.train.checkpointing == "auto"):
+        settings.append("train.checkpointing: on")
+    if recipe.train.llm == "full":
+        settings.append("train.llm: lora")
+    elif gpu and recipe.train.llm == "lora" and recipe.lora.quantize == "none" and recipe.parallel.strategy in ("single", "ddp"):
+        settings.append("lora.quantize: nf4")
+    fewer = "lower data.max_tiles"
+    return f"set {', '.join(settings)}, or {fewer}" if settings else fewer
 
 
 def in_words(fit: Fit, recipe: TrainRecipe) -> str:

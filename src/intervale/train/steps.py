@@ -331,6 +331,8 @@ def _evaluate(loop: Loop) -> float:
     set_modes(loop.network, job.recipe, False)
     records = job.held[loop.world.rank :: loop.world.size]
     size, side = job.recipe.train.batch_size, job.side
+    if loop.fit.tokens:  # where a step has to do with less at once, so has this
+        size = max(1, min(size, loop.fit.tokens // max(1, job.longest)))
 
     def batches() -> Iterator[Batch]:
         for at in range(0, len(records), size):
