@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -190,6 +191,32 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, tiny: Path, p
     for word in ("tokens", "trainable", "memory", "GiB"):
         assert word in text
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_counts_the_processes_that_the_recipe_starts(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    said: list[str] = []
+    run(write_recipe(tmp_path, tiny, plates), "parallel.strategy=ddp", "parallel.processes=2", dry_run=True, said=said)
+    assert "steps: 2" in said  # 8 items, 2 x 2 x 2 a step, 2 epochs
+
+
+@pytest.mark.parametrize("index", ["off", "on"])
+def test_a_mix_is_counted_as_its_epochs_show_it(
+    tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch, index: str
+) -> None:
+    monkeypatch.setenv("INTERVALE_CACHE", str(tmp_path / "cache"))
+    path = write_recipe(tmp_path, tiny, plates)
+    once: list[str] = []
+    run(path, dry_run=True, said=once)
+    tokens, targets = (int(found.replace(",", "")) for found in re.findall(r"([\d,]+) tokens \(([\d,]+)", once[0])[0])
+    said: list[str] = []
+    mix = f"[{{path: {plates}/train.jsonl, weight: 2}}, {{path: {plates}/eval.jsonl, weight: 0.5}}]"
+    run(path, f"data.train={mix}", f"data.index={index}", dry_run=True, said=said)
+    told = next(line for line in said if "an epoch;" in line)
+    shown = re.findall(r"([\d,]+) items \(([\d,]+) an epoch\), (?:about )?([\d,]+) tokens \(([\d,]+)", told)[0]
+    items, epoch, more, aims = (int(found.replace(",", "")) for found in shown)
+    assert (items, epoch) == (12, 18)
+    assert 2 * tokens < more < 2 * tokens + tokens / 2
+    assert 2 * targets < aims < 2 * targets + targets / 2
 
 
 def test_a_chinese_reader_gets_the_plan_and_the_progress_in_chinese(tmp_path: Path, tiny: Path, plates: Path) -> None:

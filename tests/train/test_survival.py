@@ -521,3 +521,13 @@ def test_two_processes_resume_to_their_straight_run(tmp_path: Path, straight_pai
     command = [sys.executable, "-m", "intervale", "train", str(straight_pair / "r.yaml"), *words, "--resume"]
     subprocess.run(command, check=True, env=os.environ | {"INTERVALE_DEVICE": "cpu"}, capture_output=True, timeout=200)
     assert_same_run(straight_pair / "run", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_is_refused_whoever_starts_them(tmp_path: Path, straight_pair: Path) -> None:
+    """A step of one process has half the items: going on at the same step's number would leave items out."""
+    shutil.copytree(straight_pair / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / LAST)
+    (tmp_path / "run" / "run.json").write_text(json.dumps(json.loads((tmp_path / "run" / "run.json").read_text()) | {"status": "running"}))
+    with pytest.raises(UserError, match=r"not the run that was started: processes: 2 -> 1\n"):
+        run(straight_pair / "r.yaml", "parallel.strategy=ddp", f"out={tmp_path / 'run'}", resume=True)

@@ -163,6 +163,12 @@ class Corpus(Sequence[Record]):
                     numbers.append(first + np.argpartition(column, max(0, len(column) - count))[-count:])
         return np.unique(np.concatenate(found["text"])), np.unique(np.concatenate(found["images"]))
 
+    def shown(self, numbers: np.ndarray) -> np.ndarray:
+        """How often an epoch shows these items, on average over epochs."""
+        ends = np.cumsum([source.count for source in self._sources])
+        each = np.array([source.take / source.count for source in self._sources])
+        return each[np.searchsorted(ends, numbers, "right")]
+
     def weights_of(self, numbers: np.ndarray, tokens_a_byte: float, tokens_a_picture: float) -> np.ndarray:
         """About how many tokens items take, from their text's bytes and number of pictures alone."""
         costs = np.empty(len(numbers))

@@ -43,6 +43,7 @@ Tell = Callable[[str], None]
 _FREE = {
     "out": None,
     "log": None,
+    "parallel": ("processes",),  # their number is a part of its own, whoever started them
     "data": ("train", "index", "workers", "eval", "features_dir", "features_gib"),
     "train": (
         "save_steps",
@@ -73,6 +74,7 @@ class Job:
     held: Sequence[Record]
     measured: Measured
     tell: Tell
+    processes: int = 1
 
     @property
     def sizes(self) -> list[Size]:
@@ -88,9 +90,14 @@ class Job:
         """Samples of a step and a process."""
         return self.recipe.train.batch_size * self.recipe.train.accumulation
 
-    def steps(self, world_size: int) -> int:
+    @property
+    def a_step(self) -> int:
+        """Samples of a step."""
+        return self.per_step * self.processes
+
+    def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        per_epoch = -(-len(self.order()) // (self.per_step * world_size))
+        per_epoch = -(-len(self.order()) // self.a_step)
         steps = per_epoch * self.recipe.train.epochs
         return min(steps, self.recipe.train.max_steps or steps)
 
@@ -108,11 +115,11 @@ class Job:
             for key in keys or ():
                 recipe[section].pop(key)
         base = {"name": self.recipe.model, "folder": str(self.base.resolve()), "fingerprint": fingerprint(self.base)}
-        return {"base": base, "recipe": recipe, "data": self.train.digest}
+        return {"base": base, "recipe": recipe, "data": self.train.digest, "processes": self.processes}
 
 
-def read_job(recipe: TrainRecipe, name: str, tell: Tell) -> Job:
-    """Read and measure the data for a recipe called `name`. Raises: UserError for anything that cannot work."""
+def read_job(recipe: TrainRecipe, name: str, tell: Tell, processes: int = 1) -> Job:
+    """Read and measure the data for a recipe called `name` and so many processes. Raises: UserError for anything that cannot work."""
     base = resolve_model(recipe.model)
     if recipe.parallel.strategy == "deepspeed":
         need_deepspeed()  # said before minutes of loading
@@ -129,7 +136,7 @@ def read_job(recipe: TrainRecipe, name: str, tell: Tell) -> Job:
     measured = measure_corpus(train, side, recipe.data.max_length, recipe.data.on_bad_sample == "skip")
     measure_all(held, side, recipe.data.max_length, skip=False)
     folder = Path(recipe.out or Path("runs") / name)
-    return Job(recipe, folder, base, side, train, held, measured, tell)
+    return Job(recipe, folder, base, side, train, held, measured, tell, processes)
 
 
 def open_folder(job: Job, resume: bool, fresh: bool) -> str:
@@ -167,6 +174,8 @@ def changed_since(stored: dict[str, Any], job: Job) -> list[str]:
     now["base"], before = now["base"]["fingerprint"], dict(stored)
     before["base"] = (stored.get("base") or {}).get("fingerprint")
     before["recipe"] = _with_defaults(dict(stored.get("recipe") or {}))
+    if "processes" not in stored:  # a run of an earlier version: nobody knows
+        del now["processes"]
     return differences({key: before.get(key) for key in now}, now)
 
 
@@ -178,7 +187,7 @@ def _with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
         if isinstance(known, dict):
             free = _FREE.get(section) or ()
             defaults = {key: entry.default for key, entry in inner.items() if not entry.is_required() and key not in free}
-            recipe[section] = defaults | known
+            recipe[section] = defaults | {key: value for key, value in known.items() if key not in free}
     return recipe
 
 

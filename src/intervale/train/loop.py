@@ -29,7 +29,7 @@ from intervale.train.feature_cache import KeptFeatures, fill, plan_of, told
 from intervale.train.job import Job
 from intervale.train.memory import at_once, first_fit, in_words, what_to_set
 from intervale.train.optimizer import make_optimizer
-from intervale.train.parallel import World, join_world, leave_world, sum_values, wait
+from intervale.train.parallel import World, join_world, leave_world, started, sum_values, wait
 from intervale.train.plot import draw_losses
 from intervale.train.prepare import GIB, free_memory, worth_compiling
 from intervale.train.recipe import TrainRecipe
@@ -62,7 +62,7 @@ def train(
     `accept_changes` lets `resume` go on although recipe, data or base changed since; what changed is told.
     """
     begun = time.monotonic()
-    job = jobs.read_job(recipe, name, tell)
+    job = jobs.read_job(recipe, name, tell, started() or (dry_run and recipe.parallel.processes) or 1)
     if not dry_run and not fresh:
         jobs.open_folder(job, resume, fresh)  # refuse before joining other processes or loading anything
     world = join_world(recipe.parallel.strategy, jobs.pick_device())
@@ -75,7 +75,7 @@ def train(
             state = jobs.open_folder(job, resume, fresh) if world.first else "resume" if resume else "new"
             if sum_values(world, [float(state == "done")])[0]:
                 job.tell(say(f"{job.folder} is complete already; --fresh trains it again", f"{job.folder} 已经完成；--fresh 重新训练"))
-                return Outcome("done", job.folder, job.steps(world.size))
+                return Outcome("done", job.folder, job.steps())
             with jobs.guarded(job, world, state == "new"), _memory(job, world):
                 return _train(job, world, state, accept_changes, begun)
     finally:
@@ -98,20 +98,21 @@ def _memory(job: Job, world: World) -> Iterator[None]:
         ) from error
 
 
-def _describe(job: Job, world: World, total: int) -> str:
+def _describe(job: Job, total: int) -> str:
     tokens, targets = job.measured.an_epoch()
     about = "" if job.measured.exact else say("about ", "约 ")
-    share = job.per_step * world.size
+    count, shown, share = len(job.train), len(job.order()), job.a_step
+    mixed = say(f" ({shown:,} an epoch)", f"（每轮 {shown:,} 条）") if shown != count else ""
     return say(
-        f"{len(job.train):,} items, {about}{tokens:,} tokens ({targets:,} of them targets) an epoch; {total} steps of {share} items",
-        f"{len(job.train):,} 条数据，每轮{about} {tokens:,} 个 token（其中 {targets:,} 个计入损失）；共 {total} 步，每步 {share} 条",
+        f"{count:,} items{mixed}, {about}{tokens:,} tokens ({targets:,} of them targets) an epoch; {total} steps of {share} items",
+        f"{count:,} 条数据{mixed}，每轮{about} {tokens:,} 个 token（其中 {targets:,} 个计入损失）；共 {total} 步，每步 {share} 条",
     )
 
 
 def _dry_run(job: Job, world: World) -> Outcome:
     ready = jobs.plan_for(job, world)
     network, dtype, cost = ready.network, ready.dtype, ready.cost
-    total = job.steps(world.size)
+    total = job.steps()
     tokens = job.measured.an_epoch()[0] * job.recipe.train.epochs
     longest = job.measured.longest
     room = free_memory(world.device)
@@ -122,9 +123,9 @@ def _dry_run(job: Job, world: World) -> Outcome:
     total_gib, weights, states, activations, checkpoint, free = (
         f"{amount / GIB:.2f} GiB" for amount in (whole, cost.weights, cost.optimizer, held, cost.checkpoint, room)
     )
-    packs, name, features = in_words(fit, job.recipe), str(dtype).removeprefix("torch."), told(plan_of(job, network, dtype, world.size))
+    packs, name, features = in_words(fit, job.recipe), str(dtype).removeprefix("torch."), told(plan_of(job, network, dtype, job.processes))
     lines = [
-        _describe(job, world, total),
+        _describe(job, total),
         say(f"steps: {total}", f"步数：{total}"),
         say(
             f"tokens: {tokens:,} in {number} epoch{'s' * (number != 1)}; the longest item has {longest:,} (data.max_length {limit:,})",
@@ -159,8 +160,8 @@ def _train(job: Job, world: World, state: str, accept_changes: bool, begun: floa
     ready = jobs.load_for(job, world)
     network, dtype, cost = ready.network, ready.dtype, ready.cost
     plan = plan_of(job, network, dtype, world.size)
-    total = job.steps(world.size)
-    job.tell(_describe(job, world, total))
+    total = job.steps()
+    job.tell(_describe(job, total))
     job.tell(
         say(
             f"{cost.trainable:,} of {cost.parameters:,} parameters learn, {str(dtype).removeprefix('torch.')} on {world.device}; "
@@ -200,7 +201,7 @@ def _train(job: Job, world: World, state: str, accept_changes: bool, begun: floa
 def _loop_of(job: Job, world: World, ready: jobs.Ready, kept: KeptFeatures | None, progress: Progress) -> Loop:
     """What the steps need, with the plan for the memory and whether layers are compiled; both are told."""
     recipe, cost, device = job.recipe, ready.cost, world.device
-    total = job.steps(world.size)
+    total = job.steps()
     tokens = job.measured.an_epoch()[0] * recipe.train.epochs * (total - progress.step) // max(1, total) // world.size
     parted, small = jobs.shards_layers(recipe, world), recipe.lora.quantize != "none"
     compiled = worth_compiling(recipe, device, cost.parameters, tokens) and not parted and not small
@@ -264,7 +265,7 @@ def _finish(loop: Loop) -> Outcome:
         status = "done" if done else "stopped"
         draw_losses(job.folder)
         facts = {"step": loop.progress.step, "seconds": round(loop.progress.seconds, 1), "skipped": len(loop.skipped)}
-        jobs.write_run(job, status, facts | {"stopped_early": loop.total < job.steps(loop.world.size)} | loop.scores.told())
+        jobs.write_run(job, status, facts | {"stopped_early": loop.total < job.steps()} | loop.scores.told())
     if done:
         for line in jobs.last_words(job):
             job.tell(line)

@@ -65,10 +65,11 @@ class Measured:
         return max(size.tiles for size in self.sizes)
 
     def an_epoch(self) -> tuple[int, int]:
-        """(tokens, target tokens) of all items once; an estimate unless `exact`."""
-        some = self.sizes[: self.even]
-        share = len(self.corpus) / len(some)
-        return round(sum(size.tokens for size in some) * share), round(sum(size.targets for size in some) * share)
+        """(tokens, target tokens) of an epoch, a mix as its weights say; an estimate unless `exact`."""
+        counts = np.array([(size.tokens, size.targets) for size in self.sizes[: self.even]], float)
+        shown = self.corpus.shown(_spaced(len(self.corpus), self.even))
+        tokens, targets = shown @ counts * (len(self.corpus) / len(counts))
+        return round(tokens), round(targets)
 
     @cached_property
     def _rates(self) -> tuple[float, float]:

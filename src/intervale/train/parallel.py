@@ -32,10 +32,15 @@ class World:
         return self.rank == 0
 
 
+def started() -> int:
+    """How many processes were started together, by us, torchrun or accelerate; 0 where nobody says."""
+    return int(os.environ.get("WORLD_SIZE", "0"))
+
+
 def join_world(strategy: str, device: str) -> World:
     """Join the processes that were started with this one. Raises: UserError when recipe, launcher and machine disagree."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    size = started()
+    if size <= 1:
         return World(0, 1, torch.device(device))
     if strategy == "single":
         raise UserError(

@@ -114,7 +114,7 @@ def _loader(loop: Loop) -> Iterator[Loaded]:
         return load_item(record, side.tokenizer, side.template, side.tiling, cache, known, recipe.data.max_length)
 
     def step(number: int) -> Loaded:
-        items = order.step(job.per_step * world.size, number)
+        items = order.step(job.a_step, number)
         if world.size > 1:  # as many tokens each; those on one picture stay together
             items = deal(items, job.measured.costs(items), world.size, groups[items] if groups is not None else None)[world.rank]
         return load_step(job.train, load, [int(i) for i in items], packing, image_token)
