@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 from conftest import draw_plates
 from intervale.core.config import load_recipe
@@ -19,6 +20,7 @@ from intervale.core.errors import UserError
 from intervale.core.lang import in_language
 from intervale.core.runlog import read_metrics
 from intervale.model.adapt import newest_checkpoint
+from intervale.train import loop
 from intervale.train.loop import Outcome, train
 from intervale.train.recipe import TrainRecipe
 from intervale.train.state import choose_checkpoint
@@ -381,3 +383,60 @@ def test_an_item_too_long_that_no_sample_showed_stops_the_run_by_name(
     monkeypatch.setattr(measured, "measure_all", lambda records, *more: [measured.Size(100, 10, 1)] * len(records))
     with pytest.raises(UserError, match=r"train\.jsonl:\d.*tokens long.*data\.max_length is 40"):
         run(write_recipe(tmp_path, tiny, plates), "data.max_length=40", "data.index=on", "data.eval=null")
+
+
+def test_layers_that_cannot_be_compiled_are_told_before_a_run_or_walked_as_they_are(
+    tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path, tiny, plates)
+    run(path, f"out={tmp_path / 'plain'}")
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        patch.delenv("CXX", raising=False)
+        with pytest.raises(UserError, match=r"train\.compile is on, but this machine has no C\+\+ compiler"):
+            run(path, "train.compile=on")
+    assert not (tmp_path / "run").exists()
+
+    def broken(part: object) -> object:
+        def call(*given: object) -> object:
+            raise BackendCompilerFailed(broken, RuntimeError("Python.h: No such file or directory"), None)
+
+        return call
+
+    monkeypatch.setattr("intervale.model.decoder._compiled", broken)
+    with pytest.raises(UserError, match=r"cannot be compiled here: .*Python\.h"):
+        run(path, "train.compile=on")
+    monkeypatch.setattr(loop, "worth_compiling", lambda *given: True)
+    said: list[str] = []
+    run(path, said=said)
+    assert sum("cannot be compiled here" in line for line in said) == 1
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")  # the same dropout too
+
+
+def test_a_held_out_loss_that_is_no_number_stops_the_run_before_it_is_saved(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates, epochs=3, save_steps=1, eval_steps=1, max_norm=0, warmup_ratio=0)
+    with pytest.raises(
+        UserError, match=r"step 1: the held-out loss is no number on all of its 4 items; the weights of this step are not saved"
+    ):
+        run(path, "train.learning_rate=1e30")
+    assert newest_checkpoint(tmp_path / "run") is None
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    said: list[str] = []
+    recipe = load_recipe(path, TrainRecipe)
+    done = train(recipe, "r", resume=True, fresh=False, dry_run=False, tell=said.append, accept_changes=True)
+    assert done.status == "done"
+
+
+def test_a_step_of_nothing_but_unreadable_items_has_no_loss_and_the_epoch_is_the_place_in_the_data(tmp_path: Path, tiny: Path) -> None:
+    draw_plates(tmp_path, 8)
+    draw_plates(tmp_path, 2, "eval.jsonl", seed=1)
+    bad = tmp_path / "images" / "train-3.png"
+    bad.write_bytes(bad.read_bytes()[:-40])
+    run(write_recipe(tmp_path, tiny, tmp_path, batch_size=1, accumulation=1, epochs=1), "data.on_bad_sample=skip")
+    entries = [entry for entry in read_metrics(tmp_path / "run") if "samples" in entry]
+    (empty,) = (entry for entry in entries if entry["samples"] == 0)
+    assert "loss" not in empty
+    assert len(losses(tmp_path / "run")) == 7
+    assert min(losses(tmp_path / "run")) > 0
+    assert [entry["epoch"] for entry in entries] == [number / 8 for number in range(1, 9)]

@@ -53,7 +53,12 @@ def test_the_plan_is_told() -> None:
 
 
 def test_what_the_first_step_took_makes_packs_smaller_and_never_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = {"memory_allocated": 8 * GIB, "max_memory_allocated": 12 * GIB, "memory_reserved": 12 * GIB, "mem_get_info": (4 * GIB, 16 * GIB)}
+    measured = {
+        "memory_allocated": 8 * GIB,
+        "max_memory_allocated": 12 * GIB,
+        "memory_reserved": 12 * GIB,
+        "mem_get_info": (4 * GIB, 16 * GIB),
+    }
     for name, value in measured.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert after_first_step(Fit(16384, False), CUDA, 1000, 4096) == Fit(6881, False)
@@ -80,5 +85,7 @@ def test_the_most_that_goes_through_at_once_is_an_item_at_least_and_a_step_at_mo
         ({"pack_tokens": 1, "llm": "full"}, False, False, "set train.checkpointing: on, train.llm: lora, or lower data.max_tiles"),
     ],
 )
-def test_the_advice_names_what_still_helps_and_nothing_that_was_tried(train: dict[str, object], gpu: bool, climbed: bool, told: str) -> None:
+def test_the_advice_names_what_still_helps_and_nothing_that_was_tried(
+    train: dict[str, object], gpu: bool, climbed: bool, told: str
+) -> None:
     assert what_to_set(recipe(**train), gpu, climbed) == told

@@ -31,7 +31,7 @@ from intervale.train.memory import at_once, first_fit, in_words, what_to_set
 from intervale.train.optimizer import make_optimizer
 from intervale.train.parallel import World, join_world, leave_world, started, sum_values, wait
 from intervale.train.plot import draw_losses
-from intervale.train.prepare import GIB, free_memory, worth_compiling
+from intervale.train.prepare import GIB, free_memory, need_compiler, worth_compiling
 from intervale.train.recipe import TrainRecipe
 from intervale.train.resume import already_skipped, go_on, sweep
 from intervale.train.sharded import Fsdp, Zero
@@ -69,6 +69,7 @@ def train(
     if not world.first:
         job = replace(job, tell=lambda text: None)
     try:
+        need_compiler(recipe, world.device)
         if dry_run:
             return _dry_run(job, world)
         with locked(job.folder) if world.first else nullcontext():

@@ -52,3 +52,15 @@ def keep_step(run: Path, rank: int, step: int, batches: Sequence[Batch], losses:
         f"the weights were not changed by this step, and {kept}",
         "look at these items; lower train.learning_rate, or use train.precision: fp32 (--resume --accept-changes goes on from the last checkpoint)",
     )
+
+
+def no_held_out_loss(step: int, names: Sequence[str], size: int, losses: Sequence[float]) -> UserError:
+    """What stops a run whose held-out loss is no number: its weights are of no use, so this step is not saved. `losses`: the sum of each
+    `size` of the items `names`."""
+    bad = [name for at, loss in enumerate(losses) if not math.isfinite(loss) for name in names[at * size : (at + 1) * size]]
+    shown = ", ".join(bad[:8]) + (" ..." if len(bad) > 8 else "")
+    which = f"all of its {len(names)} items" if len(bad) == len(names) else f"its items {shown}"
+    return UserError(
+        f"step {step}: the held-out loss is no number" + (f" on {which}" if bad else "") + "; the weights of this step are not saved",
+        "lower train.learning_rate, or use train.precision: fp32 (--resume --accept-changes goes on from the last checkpoint)",
+    )

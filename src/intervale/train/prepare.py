@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 from transformers import InternVLForConditionalGeneration
 
+from intervale.core.errors import UserError
 from intervale.model.adapt import PARTS, attach_lora
 from intervale.model.attention import use_packed_attention
 from intervale.model.decoder import Adapter
@@ -149,14 +150,28 @@ def fused_lora(network: InternVLForConditionalGeneration, recipe: TrainRecipe) -
 
 
 def can_fuse(device: torch.device) -> bool:
-    """Can Triton's kernels run on the device?"""
-    return device.type == "cuda" and find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Can Triton's kernels run on the device? (Triton compiles what starts them.)"""
+    if device.type != "cuda" or find_spec("triton") is None or not has_compiler(device):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Is there the compiler that torch.compile needs: beside a GPU one of C, for a CPU one of C++?"""
+    named, known = ("CC", ("cc", "gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++",))
+    return bool(os.environ.get(named)) or any(shutil.which(name) for name in known)
+
+
+def need_compiler(recipe: TrainRecipe, device: torch.device) -> None:
+    """Raise a UserError when layers shall be compiled and nothing is there to do it."""
+    if recipe.train.compile == "on" and not has_compiler(device):
+        kind = "C compiler (gcc)" if device.type == "cuda" else "C++ compiler (g++)"
+        raise UserError(f"train.compile is on, but this machine has no {kind}", "install one, or set train.compile to auto or off")
 
 
 def worth_compiling(recipe: TrainRecipe, device: torch.device, parameters: int, tokens: int) -> bool:
     """Are the layers compiled? 'auto': on a GPU with Triton and a C compiler, when `tokens` more are enough work to win back the time."""
     if recipe.train.compile != "auto":
         return recipe.train.compile == "on"
-    compiler = os.environ.get("CC") or any(shutil.which(name) for name in ("cc", "gcc", "clang"))
     seconds = 4 * parameters * tokens / _GPU_FLOPS  # forward, and backward without the frozen weights' gradients
-    return can_fuse(device) and bool(compiler) and seconds > _WORTH_COMPILING_S
+    return can_fuse(device) and seconds > _WORTH_COMPILING_S

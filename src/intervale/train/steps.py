@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
@@ -28,7 +29,7 @@ from intervale.train.best import Scores
 from intervale.train.job import Job, write_run
 from intervale.train.memory import Fit, after_first_step, in_words, lower
 from intervale.train.moving import moved
-from intervale.train.nonfinite import keep_step
+from intervale.train.nonfinite import keep_step, no_held_out_loss
 from intervale.train.optimizer import Optimizers
 from intervale.train.parallel import World, sum_values, wait
 from intervale.train.plot import draw_losses
@@ -175,7 +176,7 @@ class _Report:
         first = loop.progress.step == self.done + 1
         if first:
             loop.job.tell(say(f"first step after {now - loop.begun:.1f} s", f"{now - loop.begun:.1f} 秒后完成第一步"))
-        if now - self._told > _TELL_SECONDS or first or loop.progress.step == loop.total:
+        if "loss" in entry and (now - self._told > _TELL_SECONDS or first or loop.progress.step == loop.total):
             _tell_progress(loop, entry, (now - self._started) / (loop.progress.step - self.done))
             self._told = now
         if now - self._plotted > _PLOT_SECONDS or first:
@@ -195,7 +196,7 @@ def _gradients(loop: Loop, batches: list[Batch], targets: int) -> Sums | None:
     sums = Sums()
     try:
         idle = idle_passes(len(batches), loop.strategy, loop.world, loop.spare)
-        sums = accumulate(loop.network, batches, loop.compute, targets, loop.strategy, idle)
+        sums = _accumulated(loop, batches, targets, idle)
     except torch.OutOfMemoryError as error:
         fault = error.with_traceback(None)  # whose frames hold the step's tensors
     if not sum_values(loop.world, [float(fault is not None)])[0]:
@@ -215,12 +216,32 @@ def _gradients(loop: Loop, batches: list[Batch], targets: int) -> Sums | None:
     return None
 
 
+def _accumulated(loop: Loop, batches: list[Batch], targets: int, idle: list[Batch]) -> Sums:
+    """Add the step's gradients up. Layers that cannot be compiled on this machine are walked as they are, unless the recipe insists."""
+    try:
+        return accumulate(loop.network, batches, loop.compute, targets, loop.strategy, idle)
+    except TorchDynamoException as error:
+        why = " ".join(str(error).split())[:300]
+        if loop.job.recipe.train.compile == "on" or loop.strategy.uniform:
+            raise UserError(f"the layers cannot be compiled here: {why}", "set train.compile: off") from error
+        loop.job.tell(say(f"the layers cannot be compiled here ({why}); they are not", f"此处无法编译各层（{why}），改为不编译"))
+    loop.compute = replace(loop.compute, walk=replace(loop.compute.walk, compiled=False))
+    loop.optimizer.zero_grad(set_to_none=True)
+    _seed(loop)
+    return accumulate(loop.network, batches, loop.compute, targets, loop.strategy, idle)
+
+
+def _seed(loop: Loop) -> None:
+    """Dropout: a function of seed, step and process."""
+    torch.manual_seed((loop.job.recipe.train.seed * 1_000_003 + loop.progress.step) * loop.world.size + loop.world.rank)
+
+
 def _one_step(loop: Loop, batches: list[Batch]) -> dict[str, Any] | None:
     """Make a step; its entry for the metrics, or None when it must be made again with what is planned now."""
     recipe, world = loop.job.recipe.train, loop.world
     begun = time.monotonic()
     step = loop.progress.step
-    torch.manual_seed((recipe.seed * 1_000_003 + step) * world.size + world.rank)  # dropout: a function of seed and step
+    _seed(loop)
     targets = int(sum_values(world, [float(sum(batch.targets for batch in batches))])[0])
     rate = learning_rate(step, loop.total, recipe.learning_rate, recipe.warmup_ratio, recipe.schedule)
     norm = 0.0
@@ -250,15 +271,18 @@ def _one_step(loop: Loop, batches: list[Batch]) -> dict[str, Any] | None:
     seconds = time.monotonic() - begun
     before = loop.progress
     loop.progress = Progress(step + 1, before.samples + int(samples), before.tokens + targets, before.seconds + seconds)
-    return _entry(loop, {"loss": mean, "learning_rate": rate, "gradient_norm": norm}, (int(samples), targets, int(positions)), seconds)
+    numbers = {"loss": mean, "learning_rate": rate, "gradient_norm": norm} if targets else {}  # nothing to learn from gives no loss
+    return _entry(loop, numbers, (int(samples), targets, int(positions)), seconds)
 
 
 def _entry(loop: Loop, numbers: dict[str, float], counts: tuple[int, int, int], seconds: float) -> dict[str, Any]:
-    """A line of metrics.jsonl. `counts`: samples, targets, positions."""
+    """A line of metrics.jsonl. `counts`: samples, targets, positions. The epoch is the place in the data, unreadable items included."""
     samples, targets, positions = counts
+    steps = -(-loop.an_epoch // loop.job.a_step)
+    epoch, place = divmod(loop.progress.step, steps)
     return {
         "step": loop.progress.step,
-        "epoch": round(loop.progress.samples / loop.an_epoch, 4),
+        "epoch": round(epoch + place * loop.job.a_step / loop.an_epoch, 4),
         **numbers,
         "samples": samples,
         "targets": targets,
@@ -343,6 +367,8 @@ def _evaluate(loop: Loop) -> float:
     sums = held_out(loop.network, batches(), replace(loop.compute, kept=None), loop.strategy, idle)
     set_modes(loop.network, job.recipe, True)
     loss, correct, targets = sum_values(loop.world, [sums.loss, float(sums.correct), float(sums.targets)])
+    if not math.isfinite(loss):
+        raise no_held_out_loss(loop.progress.step, [record.id for record in records], size, sums.each)
     entry = {"step": loop.progress.step, "eval_loss": loss / targets, "eval_token_accuracy": correct / targets, "eval_items": len(job.held)}
     if loop.world.first:
         note(loop, entry)
