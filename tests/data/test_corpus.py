@@ -191,3 +191,41 @@ def test_a_pattern_without_files_and_a_folder_are_refused(tmp_path: Path) -> Non
         opened(tmp_path, SourceSpec(str(tmp_path / "x-*.tar")))
     with pytest.raises(UserError, match="is a folder"):
         opened(tmp_path, SourceSpec(str(tmp_path)))
+
+
+def hand_written(path: Path, records: list[Record]) -> None:
+    """Lines with another order of keys and other spaces than ours, and without an id."""
+    lines = [
+        json.dumps({"images": list(r.images), "messages": [{"content": m.content, "role": m.role} for m in r.messages]}, indent=None)
+        for r in records
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_files_by_another_hand_are_the_same_items_read_or_indexed(tmp_path: Path, records: list[Record]) -> None:
+    root = records[0].root
+    for number in (0, 1):
+        hand_written(root / f"hand-{number}.jsonl", records[5 * number : 5 * number + 5])
+    for specs in (
+        [SourceSpec(str(root / "hand-?.jsonl"))],
+        [SourceSpec(str(root / "hand-0.jsonl"), 2), SourceSpec(str(root / "train.jsonl"))],
+    ):
+        read, indexed = (opened(tmp_path, *specs, index=index) for index in ("off", "on"))
+        assert list(read) == list(indexed)
+        if len(specs) == 1:
+            assert [record.id for record in read] == [str(number) for number in range(1, 11)]
+        assert read.digest != indexed.digest
+        assert read.is_named(indexed.digest)
+        assert indexed.is_named(read.digest)
+        assert not read.is_named("0" * 16)
+    more = opened(tmp_path, SourceSpec(str(root / "hand-0.jsonl")), index="on")
+    assert not more.is_named(opened(tmp_path, SourceSpec(str(root / "hand-1.jsonl"))).digest)
+
+
+def test_a_file_that_is_gone_while_its_items_are_read_is_told(tmp_path: Path, records: list[Record]) -> None:
+    path = tmp_path / "gone.jsonl"
+    hand_written(path, records)
+    corpus = opened(tmp_path, SourceSpec(str(path)), index="on")
+    path.unlink()
+    with pytest.raises(UserError, match=r"gone\.jsonl:3: cannot be read any more"):
+        corpus[2]

@@ -440,3 +440,16 @@ def test_a_step_of_nothing_but_unreadable_items_has_no_loss_and_the_epoch_is_the
     assert len(losses(tmp_path / "run")) == 7
     assert min(losses(tmp_path / "run")) > 0
     assert [entry["epoch"] for entry in entries] == [number / 8 for number in range(1, 9)]
+
+
+def test_an_index_may_come_and_go_between_a_run_and_its_resumption(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERVALE_CACHE", str(tmp_path / "cache"))
+    file = draw_plates(tmp_path, 8)
+    draw_plates(tmp_path, 2, "eval.jsonl", seed=1)
+    file.write_text("".join(json.dumps(json.loads(line), sort_keys=True) + "\n" for line in file.read_text().splitlines()))
+    path = write_recipe(tmp_path, tiny, tmp_path)
+    assert run(path).status == "done"
+    assert run(path, "data.index=on").status == "done"
+    file.write_text(file.read_text().replace('"p7"', '"p77"'))
+    with pytest.raises(UserError, match="data: "):
+        run(path, "data.index=on")

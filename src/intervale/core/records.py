@@ -156,14 +156,17 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line
 
 
-def read_records(path: Path) -> list[Record]:
-    """Every record of a JSONL file, in order. Raises: UserError at the first fault (`check` lists them all)."""
+def read_records(path: Path, before: int = 0) -> list[Record]:
+    """Every record of a JSONL file, in order; those without an id are numbered on from `before`.
+
+    Raises: UserError at the first fault (`check` lists them all).
+    """
     if path.is_dir():
         raise UserError(f"{path} is a folder", f"name the file, for example {path / 'train.jsonl'}")
     records: list[Record] = []
     seen: dict[str, str] = {}
     for number, (where, line) in enumerate(read_lines(path), 1):
-        record = parse_record(parse_json(line, where), where, path.parent, number)
+        record = parse_record(parse_json(line, where), where, path.parent, before + number)
         if record.id in seen:
             raise UserError(f"{where}: the id {record.id!r} stands already at {seen[record.id]}", "give every item an id of its own")
         seen[record.id] = where

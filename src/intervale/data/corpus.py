@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import overload
 import numpy as np
 
 from intervale.core.errors import UserError
+from intervale.core.files import sha256_file
 from intervale.core.lang import say
 from intervale.core.records import Record, data_digest, read_records
 from intervale.data.index import Index, open_index
@@ -40,6 +42,7 @@ class SourceSpec:
 class _Source:
     """A source that is open: its records in memory, or the indexes of its files; `take` of its items are an epoch's."""
 
+    files: tuple[Path, ...]
     records: list[Record] | None
     indexes: tuple[Index, ...]
     take: int
@@ -76,11 +79,29 @@ class Corpus(Sequence[Record]):
     @property
     def digest(self) -> str:
         """A short name for exactly these items: of one file that `prepare` wrote, `data_digest` of its records."""
-        told = [source.digest for source in self._sources]
+        return self._named([source.digest for source in self._sources])
+
+    def _named(self, told: Sequence[str]) -> str:
         if len(told) == 1 and self._weights == (1.0,):
             return told[0]
         named = [f"{digest} x {weight}" for digest, weight in zip(told, self._weights, strict=True)]
         return hashlib.sha256("\n".join(named).encode()).hexdigest()[:16]
+
+    def is_named(self, digest: str) -> bool:
+        """Is this a name of exactly these items? Records are named as they are written out, an index by its file's bytes; the same for what
+        `prepare` wrote, two names for a file by another hand. Cost: nothing if it is `digest`, else one read of all."""
+        if digest == self.digest:
+            return True
+        both = []
+        first = 0
+        for source in self._sources:
+            if source.records is not None:
+                other = _joined([file_digest(file) for file in source.files])
+            else:
+                other = data_digest(self[first + number] for number in range(source.count))
+            both.append((source.digest, other))
+            first += source.count
+        return any(self._named(told) == digest for told in itertools.product(*both))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -186,6 +207,15 @@ class Corpus(Sequence[Record]):
         return costs
 
 
+def file_digest(path: Path) -> str:
+    """What an index calls a JSONL file: sha256 of its bytes, 16 hex digits."""
+    return sha256_file(path)[:16]
+
+
+def _joined(digests: Sequence[str]) -> str:
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
+
+
 def _picture_keys(source: _Source) -> np.ndarray:
     """What names each item's pictures, folder included; 0 for text alone, else odd."""
     parts = []
@@ -236,14 +266,15 @@ def open_corpus(specs: Sequence[SourceSpec], index: str, tell: Callable[[str], N
         if whole and any(file.suffix in (".tar", ".parquet") for file in files):
             raise UserError(f"{spec.path}: an archive is read through its index", "set data.index to auto")
         if whole:
-            records = [record for file in files for record in read_records(file)]
-            sources.append(_Source(records, (), _share(spec, len(records)), data_digest(records)))
+            records: list[Record] = []
+            for file in files:
+                records += read_records(file, len(records))
+            sources.append(_Source(tuple(files), records, (), _share(spec, len(records)), data_digest(records)))
             continue
         indexes = tuple(open_index(file, cache) for file in files)
         count = sum(len(found) for found in indexes)
-        told = [found.digest for found in indexes]
-        digest = told[0] if len(told) == 1 else hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
-        sources.append(_Source(None, indexes, _share(spec, count), digest))
+        digest = _joined([found.digest for found in indexes])
+        sources.append(_Source(tuple(files), None, indexes, _share(spec, count), digest))
         tell(
             say(
                 f"indexed: {count:,} items in {len(files)} files ({spec.path})", f"已索引：{len(files)} 个文件，{count:,} 条（{spec.path}）"

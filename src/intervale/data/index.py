@@ -61,13 +61,15 @@ class Index:
         """Item `number`, checked strictly. `first`: items before this file, for those without an id. Raises: UserError."""
         row = self.rows[number]
         where = f"{self.name}:{int(row['line'])}"
-        handle = os.open(self.lines, os.O_RDONLY)  # opened anew: safe across forks and threads, and thousands of shards stay closed
         try:
-            data = os.pread(handle, int(row["size"]), int(row["offset"]))
-        finally:
-            os.close(handle)
-        try:
+            handle = os.open(self.lines, os.O_RDONLY)  # opened anew: safe across forks and threads, and thousands of shards stay closed
+            try:
+                data = os.pread(handle, int(row["size"]), int(row["offset"]))
+            finally:
+                os.close(handle)
             text = data.decode()
+        except OSError as error:
+            raise UserError(f"{where}: cannot be read any more: {error.strerror}", "put the file back, then run again") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 any more", "the file changed while the run goes on: put it back") from error
         return parse_record(parse_json(text, where), where, self.root, first + number + 1)

@@ -174,6 +174,8 @@ def changed_since(stored: dict[str, Any], job: Job) -> list[str]:
     now["base"], before = now["base"]["fingerprint"], dict(stored)
     before["base"] = (stored.get("base") or {}).get("fingerprint")
     before["recipe"] = _with_defaults(dict(stored.get("recipe") or {}))
+    if isinstance(before.get("data"), str) and job.train.is_named(before["data"]):
+        before["data"] = now["data"]
     if "processes" not in stored:  # a run of an earlier version: nobody knows
         del now["processes"]
     return differences({key: before.get(key) for key in now}, now)
