@@ -15,11 +15,11 @@ from intervale.model.attention import use_packed_attention
 from intervale.model.decoder import Walk
 from intervale.model.forward import normalise, tower_features
 from intervale.model.load import load_network, text_side
-from intervale.train.batches import collate
-from intervale.train.prepare import freeze_and_adapt, recompute_tower, set_modes
+from intervale.train.batches import Packing, collate, load_step
+from intervale.train.prepare import draws_masks, freeze_and_adapt, recompute_tower, set_modes
 from intervale.train.recipe import Data, Lora, Train, TrainRecipe
 from intervale.train.state import trainable
-from intervale.train.step import Compute, accumulate, batch_losses, held_out
+from intervale.train.step import Compute, _features, accumulate, batch_losses, held_out
 
 TOKEN = 267  # <IMG_CONTEXT> of `tiny`
 
@@ -186,3 +186,28 @@ def test_a_pack_is_refused_by_a_network_that_would_mix_its_rows(tiny: Path, item
     network = load_network(tiny, dtype=torch.float32)
     with pytest.raises(AssertionError, match="see each other"):
         held_out(network, [collate(items[:2], TOKEN)], Compute(torch.float32, torch.device("cpu"), TOKEN))
+
+
+@pytest.mark.parametrize(("dropout", "other"), [(0.5, True), (0.0, False)])
+def test_a_tower_with_dropout_sees_one_picture_anew_for_every_item(tiny: Path, items: list[Item], dropout: float, other: bool) -> None:
+    """As a trainer without sharing does: one mask for two items would make their gradients alike. Without dropout it is seen once."""
+    chosen = recipe(vision="lora").model_copy(update={"lora": Lora(rank=4, alpha=8, dropout=dropout)})
+    network = load_network(tiny, dtype=torch.float32)
+    freeze_and_adapt(network, chosen)
+    set_modes(network, chosen, True)
+    for name, parameter in network.named_parameters():
+        if "vision_tower" in name and "lora_B" in name:
+            parameter.data.normal_(0, 0.2)
+    assert draws_masks(network.model.vision_tower) == other
+    (batch,) = load_step(
+        [Record(str(n), ()) for n in range(2)],
+        lambda record: items[0],
+        range(2),
+        Packing(2, apart=draws_masks(network.model.vision_tower)),
+        TOKEN,
+    ).batches
+    found = _features(network, batch, Compute(torch.float32, torch.device("cpu"), TOKEN))
+    assert found is not None
+    first, second = found.chunk(2)
+    assert torch.equal(first, second) != other
+    assert len(batch.tiles_PHWC) == (2 if other else 1) * len(items[0].pictures[0].tiles_PHWC)

@@ -89,21 +89,25 @@ class Loaded:
 @dataclass(frozen=True)
 class Packing:
     """How a step's items become micro-batches: `items` in the order of the step, or with `tokens` as many as have room, best fit.
-    `share`: questions on the same pictures hold their common beginning once. `shapes`: lengths an octave, 0 for any (`data.packing`)."""
+    `share`: questions on the same pictures hold their common beginning once. `shapes`: lengths an octave, 0 for any (`data.packing`).
+    `apart`: a picture is seen anew for every place it stands in, because the tower draws dropout masks."""
 
     items: int
     tokens: int = 0
     share: bool = False
     shapes: int = 0
+    apart: bool = False
 
 
-def collate(items: Sequence[Item], image_token: int, share: bool = False, shapes: int = 0) -> Batch:
-    """The items as one pack; with `share` questions on the same pictures hold their common beginning once. `shapes`: see `pack`."""
+def collate(items: Sequence[Item], image_token: int, share: bool = False, shapes: int = 0, apart: bool = False) -> Batch:
+    """The items as one pack; with `share` questions on the same pictures hold their common beginning once. `shapes`: see `pack`;
+    `apart`: see `Packing`."""
     rows = pack(items, share, image_token, shapes)
     positions_T, targets_T = torch.from_numpy(rows.positions_T), torch.from_numpy(rows.targets_T)
     labelled_N = (targets_T >= 0).nonzero()[:, 0]
-    distinct = {picture.key: picture for picture in rows.pictures}
-    number = {key: at for at, key in enumerate(distinct)}
+    names = [str(at) if apart else picture.key for at, picture in enumerate(rows.pictures)]
+    distinct = dict(zip(names, rows.pictures, strict=True))
+    number = {name: at for at, name in enumerate(distinct)}
     tiles = [picture.tiles_PHWC for picture in distinct.values() if picture.tiles_PHWC is not None]
     return Batch(
         torch.from_numpy(rows.ids_T)[None],
@@ -112,10 +116,10 @@ def collate(items: Sequence[Item], image_token: int, share: bool = False, shapes
         targets_T[labelled_N],
         layout_of(rows.groups, rows.begins, positions_T),
         torch.from_numpy(np.concatenate(tiles)) if tiles else torch.zeros((0, 1, 1, 3), dtype=torch.uint8),
-        tuple(distinct),
+        tuple(picture.key for picture in distinct.values()),
         tuple(picture.count for picture in distinct.values()),
         tuple(picture.tiles_PHWC is not None for picture in distinct.values()),
-        tuple(number[picture.key] for picture in rows.pictures),
+        tuple(number[name] for name in names),
         int((rows.ids_T == image_token).sum()),
         rows.tokens,
         tuple(item.id for item in items),
@@ -166,7 +170,7 @@ def load_step(
             bad.append((name, error))
     size = packing.items
     parts = _bins(items, packing, image_token) if packing.tokens else [items[at : at + size] for at in range(0, len(items), size)]
-    return Loaded([collate(part, image_token, packing.share, packing.shapes) for part in parts], bad)
+    return Loaded([collate(part, image_token, packing.share, packing.shapes, packing.apart) for part in parts], bad)
 
 
 class _Steps(Dataset[Loaded]):

@@ -80,6 +80,11 @@ def set_modes(network: InternVLForConditionalGeneration, recipe: TrainRecipe, tr
         network.model.vision_tower.eval()
 
 
+def draws_masks(part: torch.nn.Module) -> bool:
+    """Does dropout (LoRA's or its own) make this part see the same thing differently each time?"""
+    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 and module.training for module in part.modules())
+
+
 def estimate(network: InternVLForConditionalGeneration, recipe: TrainRecipe, dtype: torch.dtype, fused: bool = False) -> Cost:
     """Bytes of weights and optimizer, and of activations a token; `fused`: LoRA by our kernels."""
     small = recipe.lora.quantize != "none"

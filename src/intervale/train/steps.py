@@ -33,7 +33,7 @@ from intervale.train.nonfinite import keep_step, no_held_out_loss
 from intervale.train.optimizer import Optimizers
 from intervale.train.parallel import World, sum_values, wait
 from intervale.train.plot import draw_losses
-from intervale.train.prepare import recompute_tower, set_modes, used_memory
+from intervale.train.prepare import draws_masks, recompute_tower, set_modes, used_memory
 from intervale.train.resume import list_skipped
 from intervale.train.schedule import learning_rate
 from intervale.train.state import Progress, save_checkpoint
@@ -107,7 +107,9 @@ def _loader(loop: Loop) -> Iterator[Loaded]:
     order = job.order(loop.share)
     groups = job.train.groups() if loop.share and world.size > 1 else None
     image_token, beside_gpu = loop.compute.image_token_id, world.device.type == "cuda"
-    packing = Packing(recipe.train.batch_size, loop.fit.tokens, loop.share, _SHAPES if beside_gpu else 0)
+    packing = Packing(
+        recipe.train.batch_size, loop.fit.tokens, loop.share, _SHAPES if beside_gpu else 0, draws_masks(loop.network.model.vision_tower)
+    )
     cache, known = loop.cache, loop.known
 
     def load(record: Record) -> Item:
