@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,13 +22,14 @@ from conftest import draw_plates
 from intervale.core.config import load_recipe
 from intervale.core.errors import UserError
 from intervale.core.runlog import read_metrics
+from intervale.data.images import PictureError
 from intervale.model import adapt
 from intervale.model.adapt import attach_lora, newest_checkpoint, verify_checkpoint
 from intervale.model.load import load_network
 from intervale.train import loop as run_loop
 from intervale.train import state, step, steps
 from intervale.train.recipe import TrainRecipe
-from intervale.train.resume import sweep
+from intervale.train.resume import already_skipped, sweep
 from intervale.train.state import Progress, choose_checkpoint, restore, save_checkpoint, trainable
 
 LAST = "step-00000006"  # 8 items, 4 a step, 3 epochs
@@ -531,3 +533,16 @@ def test_another_number_of_processes_is_refused_whoever_starts_them(tmp_path: Pa
     (tmp_path / "run" / "run.json").write_text(json.dumps(json.loads((tmp_path / "run" / "run.json").read_text()) | {"status": "running"}))
     with pytest.raises(UserError, match=r"not the run that was started: processes: 2 -> 1\n"):
         run(straight_pair / "r.yaml", "parallel.strategy=ddp", f"out={tmp_path / 'run'}", resume=True)
+
+
+def test_what_another_process_could_not_read_counts_too(tmp_path: Path) -> None:
+    """Each lists what it meets; an item that both meet in their turns is listed once, and the limit is of all."""
+    data = SimpleNamespace(on_bad_sample="skip")
+    job = SimpleNamespace(folder=tmp_path, recipe=SimpleNamespace(data=data), train=range(100))
+    one, two = (SimpleNamespace(job=job, world=SimpleNamespace(size=2), skipped=set()) for _ in range(2))
+    steps._list_bad(one, [("a", PictureError("a is cut short", ""))])  # type: ignore[arg-type]
+    steps._list_bad(two, [("a", PictureError("a is cut short", ""))])  # type: ignore[arg-type]
+    assert already_skipped(tmp_path) == {"a"}
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
+    with pytest.raises(UserError, match="2 items cannot be read; the last: b is cut short"):
+        steps._list_bad(two, [("b", PictureError("b is cut short", ""))])  # type: ignore[arg-type]

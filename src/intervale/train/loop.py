@@ -265,7 +265,7 @@ def _finish(loop: Loop) -> Outcome:
     if loop.world.first:
         status = "done" if done else "stopped"
         draw_losses(job.folder)
-        facts = {"step": loop.progress.step, "seconds": round(loop.progress.seconds, 1), "skipped": len(loop.skipped)}
+        facts = {"step": loop.progress.step, "seconds": round(loop.progress.seconds, 1), "skipped": len(already_skipped(job.folder))}
         jobs.write_run(job, status, facts | {"stopped_early": loop.total < job.steps()} | loop.scores.told())
     if done:
         for line in jobs.last_words(job):

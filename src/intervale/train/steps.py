@@ -34,7 +34,7 @@ from intervale.train.optimizer import Optimizers
 from intervale.train.parallel import World, sum_values, wait
 from intervale.train.plot import draw_losses
 from intervale.train.prepare import draws_masks, recompute_tower, set_modes, used_memory
-from intervale.train.resume import list_skipped
+from intervale.train.resume import already_skipped, list_skipped
 from intervale.train.schedule import learning_rate
 from intervale.train.state import Progress, save_checkpoint
 from intervale.train.step import Compute, Sums, accumulate, held_out
@@ -89,6 +89,8 @@ def tile_cache(job: Job, world: World) -> TileCache:
 def _list_bad(loop: Loop, bad: list[tuple[str, UserError]]) -> None:
     """What could not be read stops the run, or (`on_bad_sample: skip`) is listed once in skipped.jsonl while it is a small share."""
     job = loop.job
+    if bad and loop.world.size > 1:
+        loop.skipped |= already_skipped(job.folder)  # what the others have listed meanwhile
     for name, error in bad:
         if job.recipe.data.on_bad_sample == "fail" or not isinstance(error, PictureError):
             raise error
