@@ -109,7 +109,9 @@ def _tiles_ahead(
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _forward(network: InternVLForConditionalGeneration, stage: Stage, dtype: torch.dtype, device: torch.device, compiled: bool) -> Forward:
+def forward_of(
+    network: InternVLForConditionalGeneration, stage: Stage, dtype: torch.dtype, device: torch.device, compiled: bool = False
+) -> Forward:
     """uint8 `tiles_PHWC` on the device to features, computed as a training step computes them."""
     features = tower_features if stage == "tower" else picture_features
 
@@ -327,7 +329,7 @@ def encode_pictures(
         )
     )
     compiled = compile and device.type == "cuda"
-    encoder = _Encoder(_forward(network, stage, dtype, device, compiled), store, device, batch_tiles, compiled)
+    encoder = _Encoder(forward_of(network, stage, dtype, device, compiled), store, device, batch_tiles, compiled)
     with _evaluating(network), contextlib.closing(_tiles_ahead(todo, tiling, workers, device.type == "cuda")) as loaded:
         faults, untried = _fill(todo, loaded, encoder, tell)
     for path, key in list(keys.items()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import InternVLForConditionalGeneration
 
@@ -21,8 +22,7 @@ from intervale.data.pictures import Picture, count_tiles, load_tiles, pictures_o
 from intervale.data.tiling import Tiling
 from intervale.model.feature_plan import Place, Plan, default_store_folder, plan_features
 from intervale.model.features import FeatureStore, Stage, bytes_needed, tower_digest
-from intervale.model.forward import normalise, picture_features, tower_features
-from intervale.train.encode import encode_pictures
+from intervale.train.encode import encode_pictures, forward_of
 from intervale.train.job import Job
 from intervale.train.parallel import World, wait
 from intervale.train.prepare import free_memory
@@ -38,7 +38,7 @@ def plan_of(job: Job, network: InternVLForConditionalGeneration, dtype: torch.dt
         if wanted == "cache":
             what = "train.features is cache, but train.vision is not frozen: the features change at every step"
             raise UserError(what, "use auto or live")
-        return Plan("live", "the vision tower learns", 0)
+        return Plan("live", say("the vision tower learns", "视觉塔参与训练"), 0)
     if wanted == "live":
         return Plan("live", say("the recipe says so", "配方如此规定"), 0)
     if wanted == "auto" and (many := len(job.train.first_of_pictures())) > _MANY:
@@ -103,9 +103,8 @@ class KeptFeatures:
         tiles = load_tiles(self._pictures[key], self._tiling)
         if isinstance(tiles, UserError):
             raise tiles
-        features = picture_features if self.projected else tower_features
-        with torch.no_grad():
-            computed = features(self._network, normalise(torch.from_numpy(tiles).to(self._device), self._dtype)).cpu()
+        compute = forward_of(self._network, "projected" if self.projected else "tower", self._dtype, self._device)
+        computed = compute(torch.from_numpy(np.require(tiles, requirements="W")).to(self._device)).cpu()
         self.store.put(key, computed)
         return computed
 

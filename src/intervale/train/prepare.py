@@ -11,6 +11,7 @@ import torch
 from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
+from intervale.core.machine import free_ram
 from intervale.model.adapt import PARTS, attach_lora
 from intervale.model.attention import use_packed_attention
 from intervale.model.decoder import Adapter
@@ -116,15 +117,8 @@ def _activations(network: InternVLForConditionalGeneration, recipe: TrainRecipe,
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes free on the device (for the CPU: of the machine)."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            available = next(line for line in file if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes free on the device (for the CPU: what this process may take of the machine's)."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_ram()
 
 
 def used_memory(device: torch.device) -> float:
