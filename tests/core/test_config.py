@@ -54,3 +54,23 @@ def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load(tmp_path, BASE + "train: {epochs: 0, batch_size: 0, foo: 1}\n")
     assert all(name in caught.value.what for name in ("train.epochs", "train.batch_size", "train.foo"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("train: {pack_tokens: 0}", "train.pack_tokens: input should be 'auto', or greater than or equal to 1 (it is 0)"),
+        ("train: {pack_tokens: all}", "train.pack_tokens: input should be 'auto', or a valid integer (it is 'all')"),
+        ("data: {train: [{path: a, weight: 0}]}", "data.train.0.weight: input should be greater than 0 (it is 0)"),
+        ("data: {train: 5}", "data.train: input should be a valid string, or a valid list (it is 5)"),
+        ("train: {llm: frozen, projector: frozen}", "nothing is trained: vision, projector and llm are all frozen"),
+        ("train: {batch-size: 3}", "unknown key 'train.batch-size' (did you mean 'batch_size'?)"),
+        ("lora: {alpha: .inf}", "lora.alpha: input should be a finite number (it is inf)"),
+    ],
+)
+def test_a_fault_is_one_line_in_words_for_people(tmp_path: Path, text: str, told: str) -> None:
+    data = "" if text.startswith("data") else "data: {train: t}\n"
+    (tmp_path / "r.yaml").write_text(f"model: m\n{data}{text}")
+    with pytest.raises(UserError) as caught:
+        load_recipe(tmp_path / "r.yaml", TrainRecipe)
+    assert caught.value.what == f"{tmp_path / 'r.yaml'}: {told}"

@@ -453,3 +453,13 @@ def test_an_index_may_come_and_go_between_a_run_and_its_resumption(tmp_path: Pat
     file.write_text(file.read_text().replace('"p7"', '"p77"'))
     with pytest.raises(UserError, match="data: "):
         run(path, "data.index=on")
+
+
+def test_fresh_sets_aside_a_run_whose_own_file_is_damaged(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates)
+    run(path, "train.max_steps=1")
+    (tmp_path / "run" / "run.json").write_text('{"status": ')
+    with pytest.raises(UserError, match=r"run\.json: not valid JSON"):
+        run(path, resume=True)
+    assert run(path, "train.max_steps=1", fresh=True).status == "done"
+    assert (tmp_path / "run.old-1" / "run.json").is_file()

@@ -80,7 +80,7 @@ def load_recipe(path: Path, model: type[Recipe], overrides: Sequence[str] = ()) 
     try:
         return model.model_validate(raw, strict=True)
     except ValidationError as error:
-        faults = [_explain(entry, model) for entry in error.errors()]
+        faults = _explained(error.errors(), model)
         raise UserError(f"{path}: " + "\n       ".join(faults), "docs/recipe.md lists every key with its values") from error
 
 
@@ -107,9 +107,27 @@ def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     return list(getattr(current, "model_fields", {}))
 
 
-def _explain(entry: Any, model: type[BaseModel]) -> str:
-    location = tuple(part for part in entry["loc"])
-    name = ".".join(str(part) for part in location)
+_KINDS = ("str", "bool", "int", "float")
+
+
+def _place(entry: Any) -> tuple[Any, ...]:
+    """Where a fault is, without the names that pydantic gives to the kinds of value that a key may have."""
+    own = entry["loc"][-1:] if entry["type"] == "extra_forbidden" else ()  # the user's word, whatever it is
+    outer = entry["loc"][: len(entry["loc"]) - len(own)]
+    return (*(part for part in outer if isinstance(part, int) or (part.isidentifier() and part not in _KINDS)), *own)
+
+
+def _explained(entries: Any, model: type[BaseModel]) -> list[str]:
+    """A line a fault; what each kind of value of one key says becomes one line, or none where one kind was right and its inside is not."""
+    at: dict[tuple[Any, ...], list[Any]] = {}
+    for entry in entries:
+        at.setdefault(_place(entry), []).append(entry)
+    inner = {place[:length] for place in at for length in range(1, len(place))}
+    return [_explain(found, place, model) for place, found in at.items() if place not in inner]
+
+
+def _explain(found: list[Any], location: tuple[Any, ...], model: type[BaseModel]) -> str:
+    entry, name = found[0], ".".join(str(part) for part in location)
     if entry["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
         every = known or list(model.model_fields)
@@ -124,4 +142,8 @@ def _explain(entry: Any, model: type[BaseModel]) -> str:
         return f"unknown key {name!r}{hint}"
     if entry["type"] == "missing":
         return f"{name} is missing"
-    return f"{name}: {entry['msg'][0].lower()}{entry['msg'][1:]} (it is {entry['input']!r})"
+    if entry["type"] == "value_error":  # our own words
+        return (f"{name}: " if name else "") + str(entry["ctx"]["error"])
+    told = [other["msg"][0].lower() + other["msg"][1:] for other in found]
+    told[1:] = [text.removeprefix("input should be ") for text in told[1:]]
+    return f"{name}: {', or '.join(told)} (it is {entry['input']!r})"

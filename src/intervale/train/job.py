@@ -148,12 +148,12 @@ def open_folder(job: Job, resume: bool, fresh: bool) -> str:
         return "new"
     if not (folder / "run.json").is_file():
         raise UserError(f"{folder} exists and is not a training run", "choose another `out`, or remove this folder")
-    run = read_object(folder / "run.json", "status")
-    status = run["status"]
     if fresh:
         aside = set_aside(folder)
         job.tell(say(f"the earlier run is kept as {aside}", f"先前的运行保留在 {aside}"))
         return "new"
+    run = read_object(folder / "run.json", "status")
+    status = run["status"]
     if status == "done":
         if told := changed_since(run, job):
             raise UserError(

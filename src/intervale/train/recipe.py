@@ -47,7 +47,7 @@ class Lora(BaseModel):
 
     model_config = _Strict
     rank: PositiveInt = 128
-    alpha: Annotated[float, Field(gt=0)] = 256
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 256
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     targets: str = "llm"
     quantize: Literal["none", "nf4"] = "none"
