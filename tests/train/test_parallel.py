@@ -162,6 +162,29 @@ def test_ctrl_c_reaches_every_process_once_and_the_run_goes_on(tmp_path: Path, t
 
 
 @pytest.mark.slow
+def test_a_process_that_is_killed_ends_all_without_a_traceback(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates, epochs=5000, save_steps=3)
+    settings = ["parallel.processes=2", "parallel.strategy=ddp"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    environment = os.environ | {"INTERVALE_DEVICE": "cpu", "INTERVALE_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "intervale", "train", str(path), *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as started:
+        for _ in range(600):
+            if newest_checkpoint(tmp_path / "run") is not None:
+                break
+            time.sleep(0.1)
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+        second = next(child for child in children if b"RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"))
+        os.kill(int(second), signal.SIGKILL)
+        _, said = started.communicate(timeout=60)
+    assert started.returncode == 128 + signal.SIGKILL
+    assert "another process of this run has ended" in said
+    assert "process 1 of 2 was killed by signal 9" in said
+    assert "Traceback" not in said
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.slow
 def test_a_fault_of_the_input_is_told_and_ends_all(tmp_path: Path, tiny: Path, plates: Path) -> None:
     done = together(write_recipe(tmp_path, tiny, plates), "parallel.strategy=ddp", "data.train=/nowhere.jsonl")
     assert done.returncode == 1

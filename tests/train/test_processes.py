@@ -31,6 +31,17 @@ def test_one_that_dies_ends_the_others_and_its_words_are_shown(capsys: pytest.Ca
     assert "the reason" in said
 
 
+def test_the_cause_is_told_when_another_noticed_first(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first process loses its connection and ends before the one that made it break."""
+    code = (
+        "import os, sys, time\nif os.environ['RANK'] == '0':\n    sys.exit(3)\n"
+        "time.sleep(1)\nprint('the reason', file=sys.stderr)\nsys.exit(1)"
+    )
+    assert launch(2, [sys.executable, "-c", code]) == 1
+    said = capsys.readouterr().err
+    assert "process 1 of 2 ended with code 1:\nthe reason" in said
+
+
 def test_one_that_is_killed_gives_its_signal_as_code(capsys: pytest.CaptureFixture[str]) -> None:
     code = "import os, signal, time\nif os.environ['RANK'] == '0':\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
     assert launch(2, [sys.executable, "-c", code]) == 128 + signal.SIGKILL

@@ -22,6 +22,7 @@ from intervale.core.lang import say
 
 _GRACE_SECONDS = 20.0  # for the others to end after one died
 _SHOWN_LINES = 15
+_FOLLOWING = (None, 0, 3, 130, 143, -15)  # ended well, because another had, by a signal, or not yet
 PARENT = "INTERVALE_PARENT"  # a process of ours watches over this id
 
 
@@ -96,14 +97,15 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]], files: Sequence[Path]) 
         codes = [process.poll() for process in processes]
         failed = next((rank for rank, code in enumerate(codes) if code), None)
         if failed is not None:
-            return _end(processes, failed, files[failed])
+            return _end(processes, failed, files)
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], failed: int, log: Path) -> int:
-    """One has ended with a code: the others get the time to do so too, then a SIGTERM, then the end."""
+def _end(processes: Sequence[subprocess.Popen[bytes]], failed: int, files: Sequence[Path]) -> int:
+    """One has ended with a code: the others get the time to do so too, then a SIGTERM, then the end. What is told is the cause: not one
+    that ended because another had."""
     code = processes[failed].returncode
     stopped = code in (130, 143)  # by a signal that all of them got: they are saving
     deadline = time.monotonic() + _GRACE_SECONDS
@@ -115,16 +117,16 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], failed: int, log: Path) -
             process.terminate()
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
-    if failed and not stopped:
-        lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_SHOWN_LINES:]
-        note = say(
-            f"process {failed} of {len(processes)} ended with code {code}:",
-            f"{len(processes)} 个进程中的第 {failed} 个以代码 {code} 退出：",
-        )
-        print("\n".join([note, *lines]), file=sys.stderr)
-    elif code < 0:
-        note = say(f"process {failed} was killed by signal {-code}", f"进程 {failed} 被信号 {-code} 终止")
-        print(note, file=sys.stderr)
+    failed = next((rank for rank, process in enumerate(processes) if process.returncode not in _FOLLOWING), failed)
+    code = processes[failed].returncode
+    if not stopped and (failed or code < 0):
+        ended = say(f"ended with code {code}", f"以代码 {code} 退出")
+        if code < 0:
+            why = say(" (the system does this when memory ends)", "（内存耗尽时系统会这样做）") if -code == signal.SIGKILL else ""
+            ended = say(f"was killed by signal {-code}{why}", f"被信号 {-code} 终止{why}")
+        lines = files[failed].read_text(encoding="utf-8", errors="replace").rstrip().splitlines()[-_SHOWN_LINES:] if failed else []
+        note = say(f"process {failed} of {len(processes)} {ended}", f"{len(processes)} 个进程中的第 {failed} 个{ended}")
+        print("\n".join([note + (say(":", "：") if lines else ""), *lines]), file=sys.stderr)
     return code if code > 0 else 128 - code
 
 

@@ -29,7 +29,7 @@ from intervale.train.feature_cache import KeptFeatures, fill, plan_of, told
 from intervale.train.job import Job
 from intervale.train.memory import at_once, first_fit, in_words, what_to_set
 from intervale.train.optimizer import make_optimizer
-from intervale.train.parallel import World, join_world, leave_world, started, sum_values, wait
+from intervale.train.parallel import World, hearing_of_others, join_world, leave_world, started, sum_values, wait
 from intervale.train.plot import draw_losses
 from intervale.train.prepare import GIB, free_memory, need_compiler, worth_compiling
 from intervale.train.recipe import TrainRecipe
@@ -77,7 +77,7 @@ def train(
             if sum_values(world, [float(state == "done")])[0]:
                 job.tell(say(f"{job.folder} is complete already; --fresh trains it again", f"{job.folder} 已经完成；--fresh 重新训练"))
                 return Outcome("done", job.folder, job.steps())
-            with jobs.guarded(job, world, state == "new"), _memory(job, world):
+            with hearing_of_others(world), jobs.guarded(job, world, state == "new"), _memory(job, world):
                 return _train(job, world, state, accept_changes, begun)
     finally:
         leave_world(world)

@@ -7,13 +7,14 @@ target tokens of the whole step, and gradients are added up. One process: every 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from intervale.core.errors import UserError
+from intervale.core.errors import OutsideError, UserError
 
 _BUCKET = 1 << 25  # elements a gradient message carries: 128 MiB in float32
 
@@ -63,6 +64,19 @@ def leave_world(world: World) -> None:
     """Close the connection between the processes."""
     if world.size > 1:
         dist.destroy_process_group()
+
+
+@contextmanager
+def hearing_of_others(world: World) -> Iterator[None]:
+    """A connection that breaks because another process has ended is told as that: why is in the other's own words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size == 1 or not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+            raise
+        raise OutsideError(
+            "another process of this run has ended", "its own words say why; --resume goes on from the last checkpoint"
+        ) from error
 
 
 def sum_values(world: World, values: list[float]) -> list[float]:
