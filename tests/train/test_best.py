@@ -11,17 +11,17 @@ from intervale.core.errors import UserError
 from intervale.core.runlog import read_metrics
 from intervale.train import steps
 from intervale.train.best import Scores, best_checkpoint, scores_of
+from intervale.train.running import Loop
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> None:
-    """Held-out losses by step, noted as measured ones are."""
+    """Held-out losses by step."""
 
-    def evaluate(loop: steps.Loop) -> float:
+    def evaluate(loop: Loop) -> dict[str, float]:
         step = loop.progress.step
-        steps.note(loop, {"step": step, "eval_loss": scores[step], "eval_token_accuracy": 0.5, "eval_items": 4})
-        return scores[step]
+        return {"step": step, "eval_loss": scores[step], "eval_token_accuracy": 0.5, "eval_items": 4}
 
-    monkeypatch.setattr(steps, "_evaluate", evaluate)
+    monkeypatch.setattr(steps, "evaluate", evaluate)
 
 
 FALLS_THEN_RISES = {1: 3.0, 2: 1.0, 3: 2.0, 4: 1.5, 5: 1.2, 6: 1.1}

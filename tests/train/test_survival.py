@@ -26,8 +26,8 @@ from intervale.data.images import PictureError
 from intervale.model import adapt
 from intervale.model.adapt import attach_lora, newest_checkpoint, verify_checkpoint
 from intervale.model.load import load_network
+from intervale.train import held_out, state, step, steps
 from intervale.train import loop as run_loop
-from intervale.train import state, step, steps
 from intervale.train.recipe import TrainRecipe
 from intervale.train.resume import already_skipped, sweep
 from intervale.train.state import Progress, choose_checkpoint, restore, save_checkpoint, trainable
@@ -546,3 +546,38 @@ def test_what_another_process_could_not_read_counts_too(tmp_path: Path) -> None:
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
     with pytest.raises(UserError, match="2 items cannot be read; the last: b is cut short"):
         steps._list_bad(two, [("b", PictureError("b is cut short", ""))])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("where", ["in the step", "in its evaluation"])
+@pytest.mark.parametrize("at", [2, 6], ids=["mid-run", "the last step"])
+def test_a_stop_does_not_wait_for_an_evaluation_which_is_made_when_the_run_goes_on(
+    tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch, at: int, where: str
+) -> None:
+    path = write_recipe(tmp_path, tiny, plates, epochs=3, eval_steps=2, save_steps=100)
+    run(path, f"out={tmp_path / 'straight'}")
+    passes: list[int] = []
+    real = held_out.load_item
+
+    def load(record: Any, *given: Any) -> Any:
+        passes.append(1)
+        if where == "in its evaluation" and len(passes) == 4 * (at // 2 - 1) + 1:  # the first held-out item of step `at`
+            signal.raise_signal(signal.SIGTERM)
+        return real(record, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(held_out, "load_item", load)
+        if where == "in the step":
+            stop_after(patch, at, lambda: signal.raise_signal(signal.SIGTERM))
+        outcome = run(path)
+    assert (outcome.status, outcome.step, outcome.exit_code) == ("stopped", at, 143)
+    assert len(passes) <= 4 * (at // 2 - 1) + 2  # of the step's four, no more than the micro-batch that was begun
+    assert not [entry for entry in read_metrics(tmp_path / "run") if "eval_loss" in entry and entry["step"] == at]
+    assert run(path, resume=True).status == "done"
+    told = [
+        [{k: e[k] for k in ("step", "eval_loss")} for e in read_metrics(folder) if "eval_loss" in e]
+        for folder in (tmp_path / "run", tmp_path / "straight")
+    ]
+    assert told[0] == told[1]
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    bests = [json.loads((folder / "run.json").read_text())["best"] for folder in (tmp_path / "run", tmp_path / "straight")]
+    assert bests[0] == bests[1]

@@ -26,6 +26,7 @@ from intervale.model.decoder import Walk
 from intervale.train import job as jobs
 from intervale.train.best import scores_of
 from intervale.train.feature_cache import KeptFeatures, fill, plan_of, told
+from intervale.train.held_out import due
 from intervale.train.job import Job
 from intervale.train.memory import at_once, first_fit, in_words, what_to_set
 from intervale.train.optimizer import make_optimizer
@@ -34,10 +35,11 @@ from intervale.train.plot import draw_losses
 from intervale.train.prepare import GIB, free_memory, need_compiler, worth_compiling
 from intervale.train.recipe import TrainRecipe
 from intervale.train.resume import already_skipped, go_on, sweep
+from intervale.train.running import Loop
 from intervale.train.sharded import Fsdp, Zero
 from intervale.train.state import Progress
 from intervale.train.step import Compute
-from intervale.train.steps import Loop, run_steps, tile_cache
+from intervale.train.steps import run_steps, tile_cache
 from intervale.train.strategy import Plain, spare_batch
 from intervale.train.tracking import Trackers
 
@@ -261,7 +263,7 @@ def _signals(loop: Loop) -> Iterator[None]:
 
 def _finish(loop: Loop) -> Outcome:
     job = loop.job
-    done = loop.progress.step >= loop.total
+    done = loop.progress.step >= loop.total and not due(loop)
     if loop.world.first:
         status = "done" if done else "stopped"
         draw_losses(job.folder)

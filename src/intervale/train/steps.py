@@ -9,13 +9,12 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
-from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
 from intervale.core.lang import say
@@ -24,60 +23,26 @@ from intervale.core.runlog import append_metrics
 from intervale.data.dataset import Item, TileCache, load_item
 from intervale.data.images import PictureError
 from intervale.data.order import deal
-from intervale.train.batches import Batch, Loaded, Packing, collate, load_ahead, load_step
-from intervale.train.best import Scores
+from intervale.train.batches import Batch, Loaded, Packing, load_ahead, load_step
+from intervale.train.held_out import due, evaluate
 from intervale.train.job import Job, write_run
-from intervale.train.memory import Fit, after_first_step, in_words, lower
+from intervale.train.memory import after_first_step, in_words, lower
 from intervale.train.moving import moved
-from intervale.train.nonfinite import keep_step, no_held_out_loss
-from intervale.train.optimizer import Optimizers
+from intervale.train.nonfinite import keep_step
 from intervale.train.parallel import World, sum_values, wait
 from intervale.train.plot import draw_losses
-from intervale.train.prepare import draws_masks, recompute_tower, set_modes, used_memory
+from intervale.train.prepare import draws_masks, set_modes, used_memory
 from intervale.train.resume import already_skipped, list_skipped
+from intervale.train.running import Loop
 from intervale.train.schedule import learning_rate
 from intervale.train.state import Progress, save_checkpoint
-from intervale.train.step import Compute, Sums, accumulate, held_out
-from intervale.train.strategy import Strategy, idle_passes, spare_batch
-from intervale.train.tracking import Trackers
+from intervale.train.step import Sums, accumulate
+from intervale.train.strategy import idle_passes
 
 _PLOT_SECONDS, _TELL_SECONDS = 20.0, 5.0
 _TILES_KEPT = 1 << 30  # bytes of decoded tiles
 _BAD_SHARE = 0.01  # more unreadable items than this and the data set, not an item, is what is wrong
 _SHAPES = 64  # lengths an octave beside a GPU, whose attention kernels are set up for every new shape
-
-
-@dataclass
-class Loop:
-    """What the steps share. One object, so that its parts are named once."""
-
-    job: Job
-    world: World
-    network: InternVLForConditionalGeneration
-    optimizer: Optimizers
-    strategy: Strategy
-    compute: Compute
-    cache: TileCache
-    known: Mapping[str, tuple[str, int]] | None  # the pictures whose features are kept
-    total: int
-    progress: Progress
-    share: bool = False
-    fit: Fit = field(default_factory=lambda: Fit(0, False))
-    begun: float = field(default_factory=time.monotonic)
-    an_epoch: int = 1  # items
-    stop: int | None = None
-    skipped: set[str] = field(default_factory=set)
-    spare: Batch = field(default_factory=spare_batch)
-    scores: Scores = field(default_factory=Scores)
-    trackers: Trackers | None = None  # of the first process
-
-    def refit(self, fit: Fit) -> None:
-        """Take another plan for the memory."""
-        self.fit = fit
-        walk = replace(self.compute.walk, recompute=fit.recompute)
-        self.compute = replace(self.compute, walk=walk)
-        if fit.recompute:
-            recompute_tower(self.network, self.job.recipe)
 
 
 def tile_cache(job: Job, world: World) -> TileCache:
@@ -131,6 +96,12 @@ def run_steps(loop: Loop) -> None:
     """All steps that are left, or those until a signal. Raises: UserError; MemoryError or torch's own when nothing smaller is left."""
     set_modes(loop.network, loop.job.recipe, True)
     report = _Report(loop)
+    if due(loop):  # the run was stopped before this step's evaluation, or during it
+        score = _score(loop)
+        if score is None:
+            return
+        if score:
+            _keep_best(loop)
     while not _run_in_packs(loop, report):  # memory ended: the same step again, in packs of another size
         pass
 
@@ -144,8 +115,8 @@ def _run_in_packs(loop: Loop, report: _Report) -> bool:
         if entry is None:
             return False
         report.step(entry)
-        stopping = _asked_to_stop(loop)  # asked once a step, so that a signal in between cannot stop without saving
-        _after_step(loop, stopping)
+        # asked once a step, so that a signal in between cannot stop without saving
+        stopping = _after_step(loop, _asked_to_stop(loop))
         if stopping or loop.progress.step >= loop.total:
             return True
         if first and _refitted(loop, max((batch.tokens for batch in loaded.batches), default=0)):
@@ -315,19 +286,45 @@ def note(loop: Loop, entry: dict[str, Any]) -> None:
         loop.trackers.log(entry)
 
 
-def _after_step(loop: Loop, stopping: bool) -> None:
+def _after_step(loop: Loop, stopping: bool) -> bool:
+    """Evaluate and save where it is time; is the run to stop? One that is stops with this step saved: its evaluation is made when it goes on."""
     recipe = loop.job.recipe.train
-    step = loop.progress.step
     best = False
-    if loop.job.held and (step == loop.total or (recipe.eval_steps and step % recipe.eval_steps == 0)):
-        best = loop.scores.add(step, _evaluate(loop))
-        if recipe.patience and loop.scores.since_best >= recipe.patience and step < loop.total:
-            _end_early(loop)
-    if best or stopping or step == loop.total or step % recipe.save_steps == 0:
+    if due(loop) and not stopping:
+        score = _score(loop)
+        best, stopping = bool(score), score is None
+    if best:
+        _keep_best(loop)
+    elif stopping or loop.progress.step == loop.total or loop.progress.step % recipe.save_steps == 0:
         save(loop)
-        if best and loop.world.first:
-            write_run(loop.job, "running", loop.scores.told())
     wait(loop.world)
+    return stopping
+
+
+def _score(loop: Loop) -> bool | None:
+    """Evaluate: is this step the best so far? None when the run was asked to stop meanwhile."""
+    entry = evaluate(loop)
+    if entry is None:
+        return None
+    if loop.world.first:
+        note(loop, entry)
+        loop.job.tell(
+            say(
+                f"held-out: loss {entry['eval_loss']:.4f}, {entry['eval_token_accuracy']:.1%} of target tokens right",
+                f"留出集：损失 {entry['eval_loss']:.4f}，目标 token 正确率 {entry['eval_token_accuracy']:.1%}",
+            )
+        )
+    best = loop.scores.add(loop.progress.step, float(entry["eval_loss"]))
+    patience = loop.job.recipe.train.patience
+    if patience and loop.scores.since_best >= patience and loop.progress.step < loop.total:
+        _end_early(loop)
+    return best
+
+
+def _keep_best(loop: Loop) -> None:
+    save(loop)
+    if loop.world.first:
+        write_run(loop.job, "running", loop.scores.told())
 
 
 def _end_early(loop: Loop) -> None:
@@ -351,35 +348,3 @@ def save(loop: Loop) -> None:
     if loop.world.first:
         job, keep = loop.job, loop.job.recipe.train.save_total_limit
         save_checkpoint(job.folder, loop.network, loop.optimizer, loop.progress, job.identity(), keep, tensors, loop.scores.name)
-
-
-def _evaluate(loop: Loop) -> float:
-    """The loss on the held-out items, with the adapter as it is now; it is noted with the share of right target tokens."""
-    job = loop.job
-    set_modes(loop.network, job.recipe, False)
-    records = job.held[loop.world.rank :: loop.world.size]
-    size, side = job.recipe.train.batch_size, job.side
-    if loop.fit.tokens:  # where a step has to do with less at once, so has this
-        size = max(1, min(size, loop.fit.tokens // max(1, job.longest)))
-
-    def batches() -> Iterator[Batch]:
-        for at in range(0, len(records), size):
-            items = [load_item(record, side.tokenizer, side.template, side.tiling, loop.cache) for record in records[at : at + size]]
-            yield collate(items, loop.compute.image_token_id)
-
-    idle = idle_passes(-(-len(records) // size), loop.strategy, loop.world, loop.spare)
-    sums = held_out(loop.network, batches(), replace(loop.compute, kept=None), loop.strategy, idle)
-    set_modes(loop.network, job.recipe, True)
-    loss, correct, targets = sum_values(loop.world, [sums.loss, float(sums.correct), float(sums.targets)])
-    if not math.isfinite(loss):
-        raise no_held_out_loss(loop.progress.step, [record.id for record in records], size, sums.each)
-    entry = {"step": loop.progress.step, "eval_loss": loss / targets, "eval_token_accuracy": correct / targets, "eval_items": len(job.held)}
-    if loop.world.first:
-        note(loop, entry)
-        job.tell(
-            say(
-                f"held-out: loss {entry['eval_loss']:.4f}, {entry['eval_token_accuracy']:.1%} of target tokens right",
-                f"留出集：损失 {entry['eval_loss']:.4f}，目标 token 正确率 {entry['eval_token_accuracy']:.1%}",
-            )
-        )
-    return float(entry["eval_loss"])
