@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_loop import losses, run, write_recipe
 
@@ -581,3 +582,20 @@ def test_a_stop_does_not_wait_for_an_evaluation_which_is_made_when_the_run_goes_
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
     bests = [json.loads((folder / "run.json").read_text())["best"] for folder in (tmp_path / "run", tmp_path / "straight")]
     assert bests[0] == bests[1]
+
+
+def test_a_held_out_picture_that_does_not_decode_costs_no_step(tmp_path: Path, tiny: Path) -> None:
+    draw_plates(tmp_path, 8)
+    draw_plates(tmp_path, 2, "eval.jsonl", seed=1)
+    picture = tmp_path / "images" / "eval-1.png"
+    Image.open(picture).save(picture, "JPEG")  # whose header alone is read before the run
+    path = write_recipe(tmp_path, tiny, tmp_path, epochs=3, eval_steps=4, save_steps=100)
+    run(path, f"out={tmp_path / 'straight'}")
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:-100])
+    with pytest.raises(PictureError, match=r"eval\.jsonl:2.*damaged"):
+        run(path)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+    picture.write_bytes(whole)
+    assert run(path, resume=True).status == "done"
+    assert_same_run(tmp_path / "straight", tmp_path / "run")

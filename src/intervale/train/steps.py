@@ -303,7 +303,12 @@ def _after_step(loop: Loop, stopping: bool) -> bool:
 
 def _score(loop: Loop) -> bool | None:
     """Evaluate: is this step the best so far? None when the run was asked to stop meanwhile."""
-    entry = evaluate(loop)
+    try:
+        entry = evaluate(loop)
+    except PictureError:
+        if loop.world.size == 1:  # several would have to agree; the steps that were made are not the picture's fault
+            save(loop)
+        raise
     if entry is None:
         return None
     if loop.world.first:
