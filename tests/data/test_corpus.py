@@ -229,3 +229,20 @@ def test_a_file_that_is_gone_while_its_items_are_read_is_told(tmp_path: Path, re
     path.unlink()
     with pytest.raises(UserError, match=r"gone\.jsonl:3: cannot be read any more"):
         corpus[2]
+
+
+def test_a_tar_that_was_cut_anywhere_is_refused(tmp_path: Path, records: list[Record]) -> None:
+    """At the end of a sample too, where tarfile sees nothing wrong and the samples behind it would be missed by nobody."""
+    write_tar(tmp_path / "whole.tar", records[:3])
+    whole = (tmp_path / "whole.tar").read_bytes()
+    end = len(whole.rstrip(b"\0"))
+    cuts = list(range(512, end, 512))
+    with tarfile.open(tmp_path / "whole.tar") as archive:
+        starts = [member.offset for member in archive if member.name.endswith(".json")]
+    assert set(starts[1:]) <= set(cuts)
+    for number, size in enumerate([*cuts, end - 1]):
+        path = tmp_path / f"cut-{number}.tar"
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"cut-\d+\.tar: "):
+            opened(tmp_path, SourceSpec(str(path)))
+    assert len(opened(tmp_path, SourceSpec(str(tmp_path / "whole.tar")))) == 3

@@ -18,6 +18,7 @@ from intervale.core.files import parse_json
 from intervale.data.stored import need_pyarrow, parquet_name, tar_name
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_BLOCK = 512  # a tar's unit; two of zeros end it
 _COLUMNS = ("messages", "images", "id", "choices", "answer", "tags")
 
 
@@ -51,6 +52,10 @@ def _samples(path: Path) -> Iterator[tuple[str, list[tarfile.TarInfo], tarfile.T
             members.append(member)
         if members:
             yield key, members, archive
+        assert archive.fileobj is not None
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(_BLOCK) != bytes(_BLOCK):  # cut at a member's end: without this the rest would be missed by nobody
+            raise tarfile.ReadError("it is cut short: the mark of its end is missing")
 
 
 def _tar(path: Path, out: BinaryIO) -> tuple[int, ...]:
