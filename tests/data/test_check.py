@@ -200,3 +200,9 @@ def test_items_that_do_not_fit_are_found_with_a_tokenizer(folder: Path) -> None:
     assert found(tight) == [("train.jsonl:2", "too-long"), ("train.jsonl:3", "too-long")]
     assert "512 of them for pictures" in tight.faults[1].what
     assert check_files(path, **sides, max_length=most).faults == ()
+
+
+def test_an_archive_is_told_and_not_read_as_text(tmp_path: Path) -> None:
+    (tmp_path / "shard.tar").write_bytes(bytes(1024))
+    with pytest.raises(UserError, match=r"shard\.tar: an archive, not lines of text"):
+        check_files(tmp_path / "shard.tar", None)

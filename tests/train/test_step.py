@@ -165,6 +165,26 @@ def test_questions_that_share_a_picture_give_the_step_of_separate_ones(
     assert_same(apart, together)
 
 
+def test_turns_long_answers_and_other_beginnings_on_one_picture_give_the_step_of_separate_rows(tiny: Path, plates: Path) -> None:
+    """Several turns, one answer of 200 characters, one system text of its own, one picture behind the first answer, one item twice."""
+    side, cache = text_side(tiny), TileCache()
+    image = read_records(plates / "train.jsonl")[0].images[0]
+    ask, tell = (lambda text: Message("user", text)), (lambda text: Message("assistant", text))
+    turns = [
+        (ask("<image>\ncolour?"), tell("red")),
+        (ask("<image>\ncolour?"), tell("red")),
+        (ask("<image>\ncolour?"), tell("blue" * 50)),
+        (ask("<image>\nsize?"), tell("big"), ask("how big?"), tell("very")),
+        (Message("system", "be brief"), ask("<image>\nsize?"), tell("big")),
+        (ask("look"), tell("at what?"), ask("<image>\nthis"), tell("red")),
+        (ask("say <image> this"), tell("no")),
+    ]
+    records = [Record(f"m{at}", messages, (image,), root=plates) for at, messages in enumerate(turns)]
+    items = [load_item(record, side.tokenizer, side.template, side.tiling, cache) for record in records]
+    assert_same(gradients(tiny, items, [7]), gradients(tiny, items, [7], share=True))
+    assert collate(items, TOKEN, share=True).ids_1T.numel() < sum(len(item.ids_S) for item in items)
+
+
 def test_sharing_holds_a_picture_and_its_text_once(asked: list[Item]) -> None:
     apart, together = (collate(asked, TOKEN, share) for share in (False, True))
     assert together.targets == apart.targets

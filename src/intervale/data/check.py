@@ -128,6 +128,10 @@ def read_data(path: Path) -> list[Line]:
     """Every line of a JSONL file that is not blank. Raises: UserError when the file cannot be read at all."""
     if path.is_dir():
         raise UserError(f"{path} is a folder", f"name the file, for example {path / 'train.jsonl'}")
+    if path.suffix in (".tar", ".parquet"):
+        raise UserError(
+            f"{path}: an archive, not lines of text", "`intervale train RECIPE --dry-run` reads its index and stops at the first fault"
+        )
     try:
         data = path.read_bytes().removeprefix(_BOM)
     except OSError as error:
