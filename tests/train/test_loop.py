@@ -195,6 +195,24 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, tiny: Path, p
     assert not (tmp_path / "run").exists()
 
 
+def test_the_tokens_of_a_run_are_those_of_its_steps(tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20 epochs that end after 3 steps of 2 an epoch; whether compiling pays goes by them too, and by what a resumed run has left."""
+    path = write_recipe(tmp_path, tiny, plates, epochs=20, save_steps=1)
+    said: list[str] = []
+    run(path, dry_run=True, said=said)
+    run(path, "train.max_steps=3", dry_run=True, said=said)
+    whole, cut = (
+        (int(tokens.replace(",", "")), epochs)
+        for tokens, epochs in re.findall(r"^tokens: ([\d,]+) in ([\d.]+) epochs", "\n".join(said), re.M)
+    )
+    assert (whole[1], cut[1]) == ("20", "1.5")
+    assert cut[0] == pytest.approx(whole[0] * 1.5 / 20, abs=1)
+    asked: list[int] = []
+    monkeypatch.setattr(loop, "worth_compiling", lambda *given: bool(asked.append(given[-1])))
+    run(path, "train.max_steps=3")
+    assert asked == [cut[0]]
+
+
 def test_dry_run_counts_the_processes_that_the_recipe_starts(tmp_path: Path, tiny: Path, plates: Path) -> None:
     said: list[str] = []
     run(write_recipe(tmp_path, tiny, plates), "parallel.strategy=ddp", "parallel.processes=2", dry_run=True, said=said)

@@ -97,9 +97,17 @@ class Job:
 
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        per_epoch = -(-len(self.order()) // self.a_step)
-        steps = per_epoch * self.recipe.train.epochs
+        steps = self._an_epoch * self.recipe.train.epochs
         return min(steps, self.recipe.train.max_steps or steps)
+
+    @property
+    def _an_epoch(self) -> int:
+        return -(-len(self.order()) // self.a_step)
+
+    def passing(self, steps: int) -> tuple[float, int]:
+        """(epochs, tokens) of so many steps, on average; whole epochs as they were measured."""
+        epochs = steps / self._an_epoch
+        return epochs, round(self.measured.an_epoch()[0] * epochs)
 
     @property
     def longest(self) -> int:

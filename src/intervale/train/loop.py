@@ -116,13 +116,13 @@ def _dry_run(job: Job, world: World) -> Outcome:
     ready = jobs.plan_for(job, world)
     network, dtype, cost = ready.network, ready.dtype, ready.cost
     total = job.steps()
-    tokens = job.measured.an_epoch()[0] * job.recipe.train.epochs
+    epochs, tokens = job.passing(total)
     longest = job.measured.longest
     room = free_memory(world.device)
     fit = first_fit(job.recipe, world.device, longest, room - cost.weights - cost.optimizer, cost.kept, cost.recomputed)
     held = at_once(fit, job.recipe, longest, job.per_step) * (cost.recomputed if fit.recompute else cost.kept)
     whole = cost.weights + cost.optimizer + held
-    number, limit, share = job.recipe.train.epochs, job.recipe.data.max_length, cost.trainable / cost.parameters
+    number, limit, share = f"{round(epochs, 2):g}", job.recipe.data.max_length, cost.trainable / cost.parameters
     total_gib, weights, states, activations, checkpoint, free = (
         f"{amount / GIB:.2f} GiB" for amount in (whole, cost.weights, cost.optimizer, held, cost.checkpoint, room)
     )
@@ -131,7 +131,7 @@ def _dry_run(job: Job, world: World) -> Outcome:
         _describe(job, total),
         say(f"steps: {total}", f"步数：{total}"),
         say(
-            f"tokens: {tokens:,} in {number} epoch{'s' * (number != 1)}; the longest item has {longest:,} (data.max_length {limit:,})",
+            f"tokens: {tokens:,} in {number} epoch{'s' * (epochs != 1)}; the longest item has {longest:,} (data.max_length {limit:,})",
             f"token：{number} 轮共 {tokens:,} 个；最长的一条有 {longest:,} 个（data.max_length {limit:,}）",
         ),
         say(
@@ -205,7 +205,7 @@ def _loop_of(job: Job, world: World, ready: jobs.Ready, kept: KeptFeatures | Non
     """What the steps need, with the plan for the memory and whether layers are compiled; both are told."""
     recipe, cost, device = job.recipe, ready.cost, world.device
     total = job.steps()
-    tokens = job.measured.an_epoch()[0] * recipe.train.epochs * (total - progress.step) // max(1, total) // world.size
+    tokens = job.passing(total - progress.step)[1] // world.size  # those that this process has left
     parted, small = jobs.shards_layers(recipe, world), recipe.lora.quantize != "none"
     compiled = worth_compiling(recipe, device, cost.parameters, tokens) and not parted and not small
     walk = Walk(compiled=compiled, adapter=ready.adapter, whole=parted)
