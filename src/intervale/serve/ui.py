@@ -254,6 +254,13 @@ theme.addEventListener("click", () => {
   history.replaceState(null, "", location.pathname);
   document.documentElement.style.background = dark ? "#0f1115" : "";
 });
+// On a phone the shelf is below the box: who asks from there would not see the answer.
+const see = (event) => {
+  const sent = event.type === "click" ? ".submit-button" : event.key === "Enter" && !event.shiftKey && !event.isComposing && "#iv-box, #iv-box2";
+  if (sent && innerWidth <= 720 && event.target.closest(sent)) document.querySelector("#iv-main").scrollIntoView();
+};
+document.addEventListener("click", see);
+document.addEventListener("keydown", see);
 """
 _ABOUT_JS = """
 element.addEventListener("click", async (event) => {
