@@ -131,6 +131,8 @@ def test_the_window_counts_pictures_as_places_of_their_own() -> None:
         ({"text": "x", "files": []}, ("", "nan", 1, 64, 12, "", ""), "emperature goes from 0 to 2"),
         ({"text": "x", "files": []}, ("", 0, 1, 10**9, 12, "", ""), "4,096 tokens"),
         ({"text": "x", "files": []}, ("", 0, 1, 64, 12, "seven", ""), "not a number"),
+        ({"text": "x" * 400_001, "files": []}, CHOSEN, "400,001 characters; the limit is 400,000"),
+        ({"text": "xyz", "files": []}, ("", 0, 1, 64, 12, "", "y" * 399_998), "400,001 characters; the limit is 400,000"),
     ],
 )
 def test_what_cannot_be_asked_is_said_in_words(box: dict[str, Any], chosen: tuple[Any, ...], said: str) -> None:
@@ -144,6 +146,19 @@ def test_what_cannot_be_asked_is_said_in_words(box: dict[str, Any], chosen: tupl
     assert "Traceback" not in text
     compared = all_of(page.compare(visitor(), box, *chosen))[-1][4]
     assert said in compared
+    page.desk.close()
+
+
+def test_a_conversation_does_not_grow_without_end() -> None:
+    page = a_page(Speaker())
+    failed = Exchange("x" * 399_999, end="error")
+    status, talk = all_of(page.send(visitor(), {"text": "more", "files": []}, (failed,), *CHOSEN))[-1][3], (Exchange("a", answer="b"),)
+    assert "the limit is 400,000" in status
+    data = gr.EditData(None, {"index": 0, "value": "x" * 400_001, "previous_value": "a"})
+    edited = all_of(page.edit(visitor(), data, talk, *CHOSEN))[-1]
+    assert edited[0] == talk
+    assert "the limit is 400,000" in edited[3]
+    assert "the limit is 250" in all_of(page.send(visitor(), {"text": "more", "files": []}, talk * 250, *CHOSEN))[-1][3]
     page.desk.close()
 
 
