@@ -126,6 +126,9 @@ def test_an_answer_goes_on_from_its_beginning(client: openai.OpenAI, model: Mode
     for wrong in ({}, {"continue_final_message": True, "add_generation_prompt": True}, {"add_generation_prompt": False}):
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(**ask, extra_body=wrong)  # type: ignore[call-overload]
+    twice = [*begun, {"role": "assistant", "content": "一道"}]
+    with pytest.raises(openai.BadRequestError, match="must follow the user's message"):
+        client.chat.completions.create(**ask | {"messages": twice}, extra_body=extra)  # type: ignore[call-overload]
     with pytest.raises(openai.BadRequestError, match="the answer to go on with"):
         client.chat.completions.create(**ask | {"messages": asking("x")}, extra_body=extra)  # type: ignore[call-overload]
 
