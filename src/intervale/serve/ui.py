@@ -79,7 +79,7 @@ def mount_page(app: FastAPI, facts: Facts) -> FastAPI:
 
 
 def _add_routes(app: FastAPI, page: Page) -> None:
-    @app.get("/shelf/{number}")
+    @app.get("/shelf/{number:int}")
     def shelf(number: int) -> Response:
         if not 0 <= number < len(page.shelf):
             raise ApiError(404, "not_found", "there is nothing at this address")
