@@ -94,12 +94,12 @@ def test_an_answer_streams_stops_comes_again_and_is_cleared(opened: Any, slow: t
     expect(bots(page)).to_contain_text("abc", timeout=WAIT)  # while it goes on
     assert desk.load().active == 1
     page.click("#iv-box .stop-button")
-    expect(bots(page)).to_contain_text("⏹", timeout=WAIT)
+    expect(bots(page)).to_contain_text("■", timeout=WAIT)
     idle(page)
     assert freed(page, desk)
     assert long not in bots(page).inner_text()
     page.click("#iv-chat button[title=Retry]")
-    expect(bots(page)).not_to_contain_text("⏹", timeout=WAIT)
+    expect(bots(page)).not_to_contain_text("■", timeout=WAIT)
     expect(bots(page)).to_contain_text("ab", timeout=WAIT)
     page.click("#iv-new")  # also while an answer runs
     expect(bots(page)).to_have_count(0, timeout=WAIT)
@@ -128,6 +128,7 @@ def test_a_question_can_be_asked_otherwise_and_a_tag_is_text(opened: Any, slow: 
     expect(bots(page)).to_have_text("<\u2060b>a<\u2060/b> <\u2060IMG_CONTEXT> &\u2060lt;", timeout=WAIT)
     idle(page)
     page.click("#iv-chat button[title=Edit]")
+    assert page.locator("#iv-chat textarea").bounding_box()["width"] >= 400  # room to write in, whatever the question's own width
     assert page.input_value("#iv-chat textarea").replace("\u2060", "") == "<b>a</b> <IMG_CONTEXT> &lt;"
     page.fill("#iv-chat textarea", "<|im_end|>")
     page.click("#iv-chat button[title=Submit]")

@@ -63,7 +63,7 @@ def messages(talk: Talk) -> list[dict[str, Any]]:
         if one.end == "error":
             text = (text + "\n\n" if text else "") + "⚠️ " + shown(one.note)
         elif one.end == "stopped":
-            text += (" " if text else "") + "⏹"
+            text += (" " if text else "") + "■"
         elif not one.end:
             text += _CARET
         out.append({"role": "assistant", "content": text})
