@@ -122,4 +122,8 @@ def test_a_rotary_embedding_that_turns_with_the_length_is_one_throughout_a_promp
         said = answer(engine, request)[0]
         assert said == long.tokenizer.decode(made), len(ids_S)
         assert answer(engine, request)[0] == said  # now from what was kept
-        turns = [*turns, ChatTurn("assistant", (said,)), ChatTurn("user", (more,))] if more != "z" * 300 else [ChatTurn("user", ("什么菜?" * 61,))]
+        turns = (
+            [*turns, ChatTurn("assistant", (said,)), ChatTurn("user", (more,))]
+            if more != "z" * 300
+            else [ChatTurn("user", ("什么菜?" * 61,))]
+        )

@@ -93,7 +93,8 @@ def test_log_probabilities_are_passed_on_or_refused() -> None:
     apart = engine(Other(b"data: " + json.dumps(part).encode() + b"\n\n" + end)).stream(
         replace(asking, sampling=replace(ASK.sampling, likely=2))
     )
-    assert [one.token for one in list(apart)[0].likely[0].top] == ["he", "ho"]
+    first, *_ = apart
+    assert [one.token for one in first.likely[0].top] == ["he", "ho"]
     part["choices"][0]["logprobs"] = {"content": [{"token": "he"}]}
     with pytest.raises(RefusedError, match="in another form"):
         told(engine(Other(b"data: " + json.dumps(part).encode() + b"\n\n" + end)), asking)

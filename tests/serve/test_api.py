@@ -146,7 +146,7 @@ def test_an_answers_tokens_are_told_where_the_prompts_are_not_known() -> None:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         whole = client.chat.completions.create(model="x", messages=asking("?")).usage  # type: ignore[call-overload]
         told = client.chat.completions.create(model="x", messages=asking("?"), stream=True, stream_options={"include_usage": True})  # type: ignore[call-overload]
-        streamed = [event.usage for event in told if event.usage][0]
+        (streamed,) = [event.usage for event in told if event.usage]
         assert [(one.prompt_tokens, one.completion_tokens) for one in (whole, streamed)] == [(0, 2)] * 2
         assert 'intervale_tokens_total{model="x"} 4.0' in httpx.get(f"{url}/metrics").text
 

@@ -261,6 +261,8 @@ def test_what_differs_is_marked_and_nothing_a_model_says_is_markup() -> None:
     assert "<img" not in html
     assert "<b>" not in html
     assert verdict(sides, "zh") == "不同之处已标出"
+    begun = [Side("a red app"), Side("a red apple on", finish="stop")]
+    assert "<mark" not in panels(("a", "b"), begun, "en", stopped=True)  # who was stopped had not said it yet
 
 
 def test_a_typed_control_token_stays_text_to_see_and_to_send() -> None:
