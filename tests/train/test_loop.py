@@ -280,6 +280,16 @@ def test_an_unreadable_picture_stops_or_is_listed_but_never_replaced(tmp_path: P
     assert sum(entry["samples"] for entry in read_metrics(tmp_path / "run") if "samples" in entry) == 14
 
 
+def test_too_many_unreadable_pictures_stop_even_a_run_that_may_skip_and_it_says_so(tmp_path: Path, tiny: Path) -> None:
+    draw_plates(tmp_path, 8)
+    draw_plates(tmp_path, 2, "eval.jsonl", seed=1)
+    for number in (3, 5):
+        (tmp_path / "images" / f"train-{number}.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(UserError, match="2 of 8 items cannot be read, more than the 1% that data.on_bad_sample: skip leaves out") as told:
+        run(write_recipe(tmp_path, tiny, tmp_path), "data.on_bad_sample=skip")
+    assert str(tmp_path / "run" / "skipped.jsonl") in told.value.fix
+
+
 @pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path: Path, tiny: Path, plates: Path) -> None:
     path = write_recipe(tmp_path, tiny, plates, epochs=400)

@@ -33,7 +33,7 @@ from intervale.train.optimizer import Optimizers
 from intervale.train.parallel import World, most_of, sum_values, wait
 from intervale.train.plot import draw_losses
 from intervale.train.prepare import recompute_tower, set_modes, used_memory
-from intervale.train.resume import list_skipped
+from intervale.train.resume import SKIPPED, list_skipped
 from intervale.train.schedule import learning_rate
 from intervale.train.state import Progress, save_checkpoint
 from intervale.train.step import Compute, Sums, accumulate, held_out
@@ -96,7 +96,9 @@ def _list_bad(loop: Loop, bad: list[tuple[str, UserError]]) -> None:
             list_skipped(job.folder, name, error.what)
         if len(loop.skipped) > max(1, _BAD_SHARE * len(job.train)):
             raise UserError(
-                f"{len(loop.skipped)} items cannot be read; the last: {error.what}", "run `intervale check` on the data"
+                f"{len(loop.skipped)} of {len(job.train)} items cannot be read, more than the {_BAD_SHARE:.0%} that data.on_bad_sample: skip "
+                f"leaves out; the last: {error.what}",
+                f"they are listed in {job.folder / SKIPPED}; correct or remove them (`intervale check` finds all)",
             ) from error
 
 
