@@ -285,7 +285,7 @@ def test_too_many_unreadable_pictures_stop_even_a_run_that_may_skip_and_it_says_
     draw_plates(tmp_path, 2, "eval.jsonl", seed=1)
     for number in (3, 5):
         (tmp_path / "images" / f"train-{number}.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(UserError, match="2 of 8 items cannot be read, more than the 1% that data.on_bad_sample: skip leaves out") as told:
+    with pytest.raises(UserError, match=r"2 of 8 items cannot be read, more than the 1% that data\.on_bad_sample: skip leaves out") as told:
         run(write_recipe(tmp_path, tiny, tmp_path), "data.on_bad_sample=skip")
     assert str(tmp_path / "run" / "skipped.jsonl") in told.value.fix
 
