@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from evaluation_fixture import folder, line, outcomes
+from intervale.cli.evaluate import shown
 from intervale.core.errors import UserError
 from intervale.core.files import write_json
-from intervale.core.lang import set_language
+from intervale.core.lang import in_language, set_language
 from intervale.evaluate.compare import compare
 from intervale.evaluate.free import free_numbers, score_free
 from intervale.evaluate.published import column, published
@@ -387,6 +388,18 @@ def test_more_models_stand_beside_each_tested_against_the_tuned_one(tmp_path: Pa
     assert "gpt-x 25.0% +50.0 [" in re.sub(r"\s+", " ", told)
     assert "Scored on training items: m" in told
     assert "Beside other models" not in text_of(compare(before, after))
+
+
+def test_what_a_server_kept_back_is_told_wherever_its_score_stands(tmp_path: Path) -> None:
+    pair = folder(tmp_path / "a", outcomes("0" * 40)), folder(tmp_path / "b", outcomes("1" * 40))
+    kept = folder(tmp_path / "c", outcomes("1" * 10 + "0" * 30), unseen=12, refused=3)
+    told = text_of(compare(*pair, [kept]))
+    assert "Counted as wrong: m: 12 without a letter among the server's likeliest tokens, 3 refused by the server" in told
+    assert "12 without a letter" in text_of(compare(pair[0], kept))
+    assert "Counted as wrong" not in text_of(compare(*pair, [pair[0]]))
+    with in_language("zh"):
+        shown_lines = "\n".join(shown(json.loads((kept / "summary.json").read_text()), coloured=False))
+    assert "计为错误：12 条在服务器给出的最可能 token 中没有选项字母; 3 条被服务器拒绝" in shown_lines
 
 
 def test_a_model_asked_otherwise_or_other_items_does_not_stand_beside(tmp_path: Path) -> None:
