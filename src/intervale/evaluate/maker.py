@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from intervale.core.embedded import ASSETS
 from intervale.core.errors import UserError
 from intervale.core.files import read_object
 from intervale.core.records import Record
 from intervale.evaluate.identity import DIGITS, picture_keys
-from intervale.model.source import fingerprint
 
 TRAINING = "training.json"
 
@@ -31,20 +31,28 @@ def _artists(folder: Path, names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def told_by_maker(base: Path, records: Sequence[Record]) -> str | None:
-    """What a model's own `training.json` says of these items, by code; None where there is none, or it is about other weights.
+def _drawings(folder: Path, weights: str | None) -> dict[str, Any] | None:
+    """`drawings` of a folder's training.json, if it is about these weights."""
+    try:
+        told = read_object(folder / TRAINING, "weights", "drawings") if (folder / TRAINING).is_file() else {}
+    except UserError:
+        return None
+    return told["drawings"] if weights and told.get("weights") == weights else None
+
+
+def told_by_maker(base: Path, weights: str | None, records: Sequence[Record]) -> str | None:
+    """What the maker of the model with the fingerprint `weights` says of these items, by code; None where nothing is about these weights.
+
+    It is looked for in the folder `base` and, because a run's or an export's base may be gone, in the embedded nano.
 
     `apart`: all their pictures are by artists the model was never shown. `drawings`: some are by artists it was shown. `not kept`: its
     training is known, but these pictures are nobody's that it speaks of. A damaged file is no file.
     """
-    if not (base / TRAINING).is_file():
+    drawings = next((own for place in (base, ASSETS / "nano") if (own := _drawings(place, weights))), None)
+    if drawings is None:
         return None
     try:
-        told = read_object(base / TRAINING, "weights", "drawings")
-        drawings = told["drawings"]
         shown, never, data = (drawings[key] for key in ("shown", "never_shown", "data"))
-        if told["weights"] != fingerprint(base):
-            return None
         artists = _artists(ASSETS / str(data), [*shown, *never])
         keys = [key for own in picture_keys(records) for key in own]
     except (UserError, KeyError, TypeError, OSError):

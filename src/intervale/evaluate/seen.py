@@ -64,7 +64,9 @@ def in_words(seen: dict[str, Any], n: int) -> str:
     if code == "items":
         return _items_found(max(files, key=lambda file: file.get("exact", 0) + file.get("near", 0)), n)
     if code == "none":
-        return _none_found(files, n)
+        beneath = seen.get("base", "apart")  # summaries of before did not ask
+        more = say("; what the base model was trained on before is not compared", "；未比较基座模型此前的训练数据")
+        return _none_found(files, n) + (more if beneath != "apart" else "")
     if code == "gone":
         return say("other data than the model's training file, which is not there (or changed) to compare item by item",
                    "与模型的训练文件不同，但该文件已不在（或已改变），无法逐条比较")  # fmt: skip
