@@ -66,7 +66,7 @@ def test_a_run_on_nano_says_what_its_base_had_seen(tmp_path: Path, names: tuple[
     (tmp_path / "training" / "t.jsonl").write_text("".join(to_json(record) + "\n" for record in training))
     checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "base.json").write_text(json.dumps({"folder": str(NANO)}))
+    (checkpoint / "base.json").write_text(json.dumps({"folder": str(NANO), "fingerprint": fingerprint(NANO)}))
     told = {"train": {"file": str(tmp_path / "training" / "t.jsonl"), "digest": data_digest(training)}}
     (tmp_path / "run" / "run.json").write_text(json.dumps(told))
     seen = seen_in_training(tmp_path / "run", tmp_path / "data" / "d.jsonl", records)
