@@ -21,7 +21,14 @@ from test_commands import intervale
 def serving(*words: object, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its address, once it has printed it."""
     command = [sys.executable, "-m", "intervale", "serve", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job hands it on ignored
+    )
     assert process.stdout is not None
     try:
         line = process.stdout.readline()

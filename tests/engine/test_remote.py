@@ -89,6 +89,11 @@ def test_log_probabilities_are_passed_on_or_refused() -> None:
     assert (other.asked[0]["logprobs"], other.asked[0]["top_logprobs"]) == (True, 1)
     with pytest.raises(RefusedError, match="gives no log-probabilities"):
         told(engine(other), asking)
+    place["top_logprobs"] = [top[1]]  # LMDeploy's form: the chosen token stands apart
+    apart = engine(Other(b"data: " + json.dumps(part).encode() + b"\n\n" + end)).stream(
+        replace(asking, sampling=replace(ASK.sampling, likely=2))
+    )
+    assert [one.token for one in next(apart).likely[0].top] == ["he", "ho"]
     part["choices"][0]["logprobs"] = {"content": [{"token": "he"}]}
     with pytest.raises(RefusedError, match="in another form"):
         told(engine(Other(b"data: " + json.dumps(part).encode() + b"\n\n" + end)), asking)

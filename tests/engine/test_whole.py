@@ -125,6 +125,14 @@ def test_log_probabilities_are_the_servers_or_an_error() -> None:
             told(Other(lambda *_, given=given: good(**given)), 1, top=20)
 
 
+def test_a_server_that_lists_only_the_others_loses_no_token() -> None:
+    """LMDeploy's form: the chosen token stands apart from `top_logprobs`."""
+    content = [{"token": "▁A", "bytes": [226, 150, 129, 65], "logprob": -0.1, "top_logprobs": TOPS[1:]}]
+    answer = told(Other(lambda *_: good(logprobs={"content": content})), 1, top=20)["0"]
+    assert isinstance(answer, Whole)
+    assert answer.first == (("▁A", -0.1), ("B", -2.5))
+
+
 @pytest.mark.parametrize("value", ["NaN", "Infinity"])
 def test_log_probabilities_that_are_no_numbers_are_no_answer(value: str) -> None:
     raw = json.dumps({"choices": [{"message": {"content": "A"}, "logprobs": {"content": [{"top_logprobs": [TOPS[0], "HERE"]}]}}]})

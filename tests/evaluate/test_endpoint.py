@@ -206,6 +206,7 @@ def test_a_letter_counts_with_what_surrounds_it_and_a_missing_one_is_less_likely
     assert scores[0] == -0.9
     assert scores[2] < -1.0
     assert scores[2] == pytest.approx(-1.0)
+    assert letter_scores([("▁A", -0.2), ("ĠB", -0.3)], 2) == [-0.2, -0.3]
     assert letter_scores([("我", -0.1)], 4) is None
     assert letter_scores([("B", -0.1), ("A", -9999.0)], 2) == [-9999.0, -0.1]  # how servers write next to nothing
 

@@ -297,9 +297,15 @@ def _likely(choice: dict[str, Any], most: int) -> tuple[Likely, ...]:
         raw = one.get("bytes")
         return Likely(str(one["token"]), None if raw is None else bytes(raw), float(one["logprob"]), tuple(entry(other) for other in top))
 
+    def tops(one: dict[str, Any]) -> list[dict[str, Any]]:
+        found = list(one.get("top_logprobs") or [])
+        if one["token"] not in [other["token"] for other in found]:  # LMDeploy lists the others only
+            found = sorted([*found, one], key=lambda other: -float(other["logprob"]))
+        return found[:most]
+
     try:
         told = (choice.get("logprobs") or {}).get("content") or []
-        return tuple(entry(one, (one.get("top_logprobs") or [])[:most]) for one in told)
+        return tuple(entry(one, tops(one)) for one in told)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RefusedError(
             "the engine's server gives log-probabilities in another form", "ask without logprobs", "unsupported_value"

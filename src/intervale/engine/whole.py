@@ -231,9 +231,11 @@ def _first_tokens(choice: dict[str, Any]) -> tuple[tuple[str, float], ...]:
             return ()
         tops = places[0]["top_logprobs"]
         found = [(str(one["token"]), float(one["logprob"])) for one in tops]
+        if {"token", "logprob"} <= places[0].keys() and places[0]["token"] not in [token for token, _ in found]:
+            found.append((str(places[0]["token"]), float(places[0]["logprob"])))  # LMDeploy lists the others only
         if not found:
             raise KeyError("top_logprobs")
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise EngineError(
             "the server gives no log-probabilities (logprobs.content[0].top_logprobs), so likelihood cannot be scored there",
             "use --modes strict,official (or --mode strict), or a server that gives them",

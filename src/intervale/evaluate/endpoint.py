@@ -35,6 +35,7 @@ TOP = 20  # likeliest tokens asked for: the most that OpenAI gives
 _UPRIGHT = 1
 _COMMON = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _ORIENTATION = 0x0112
+_BLANKS = "▁Ġ"  # a space, as LMDeploy tells a vocabulary's token
 _HELD = 10  # refusals that may come before the first answer
 CONTINUE = {"continue_final_message": True, "add_generation_prompt": False}  # vLLM's and SGLang's words for a forced prefix
 
@@ -78,13 +79,14 @@ def turns_of(messages: Sequence[Message], record: Record) -> tuple[ChatTurn, ...
 def letter_scores(first: Sequence[tuple[str, float]], count: int) -> list[float] | None:
     """Log-probabilities of the first `count` letters as the answer's first token; None when none of them is among `first`.
 
-    Tokens that are the letter but for blanks, brackets and punctuation around it count together. A letter that is not among the
+    Tokens that are the letter but for blanks (also as vocabularies write them: ▁, Ġ), brackets and punctuation around it count together. A letter that is not among the
     likeliest tokens is less likely than all of them, so the most likely letter is right as long as one is there; it gets the next number
     below the least of `first`, which is an upper bound.
     """
     found: dict[str, list[float]] = {}
     for token, value in first:
-        bare = "".join(char for char in unicodedata.normalize("NFKC", token) if not char.isspace() and unicodedata.category(char)[0] != "P")
+        plain = unicodedata.normalize("NFKC", token.lstrip(_BLANKS))
+        bare = "".join(char for char in plain if not char.isspace() and unicodedata.category(char)[0] != "P")
         if len(bare) == 1:
             found.setdefault(bare, []).append(value)
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:count]
