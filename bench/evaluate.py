@@ -16,6 +16,8 @@ evaluate: all items of `--pictures` pictures, from the files to the answers, by 
 
 A preset's weights are random; no answer ends before `--new` tokens. `difference` is the largest between the log-probabilities of two ways,
 `differ` counts answers that are not the same: none in float32; in bfloat16 rounding decides where two tokens are about equally likely.
+On a CPU `from_float64` says how far each way is from the same scoring in float64: a difference of that size is float32's own rounding, which
+grows with the log-probability itself (`lowest`).
 The last line is JSON, with device and versions; `--out` gets it too.
 """
 
@@ -184,6 +186,15 @@ def row(name: str, seconds: dict[str, float], items: int, against: str, told: di
     }
 
 
+def from_float64(bench: Bench, prompts: Sequence[Prompt], choices: Sequence[list[list[int]]], found: dict[str, Any]) -> dict[str, float]:
+    """The largest distance of each way's log-probabilities from those of the same network and features in float64."""
+    wide = [Prompt(own.ids_S, tuple((name, features.double()) for name, features in own.pictures)) for own in prompts]
+    bench.model.network.double()
+    exact = scoring(bench, wide, choices)["separate"]()
+    bench.model.network.float()
+    return {way: float(f"{max(abs(a - b) for a, b in zip(own, exact, strict=True)):.2g}") for way, own in found.items()}
+
+
 def measure(bench: Bench, questions: int, rounds: int, until: float) -> dict[str, Any]:
     """Both tables."""
     model, first = bench.model, bench.records[:questions]
@@ -196,7 +207,10 @@ def measure(bench: Bench, questions: int, rounds: int, until: float) -> dict[str
     seconds, found = timed(scoring(bench, prompts, choices), rounds, until)
     difference = max(abs(a - b) for a, b in zip(found["separate"], found["shared"], strict=True))
     told: dict[str, Any] = {"tiles": len(features), "prompt_tokens": [len(p.ids_S) for p in prompts]}
-    told["score"] = row("score", seconds, questions, "shared", {"difference": float(f"{difference:.2g}")})
+    facts: dict[str, Any] = {"difference": float(f"{difference:.2g}"), "lowest": round(min(found["separate"]), 1)}
+    if model.device.type == "cpu" and model.network.dtype == torch.float32:
+        facts["from_float64"] = from_float64(bench, prompts, choices, found)
+    told["score"] = row("score", seconds, questions, "shared", facts)
     seconds, found = timed(answering(bench, prompts), rounds, until)
     differ = sum(a != b for a, b in zip(found["separate"], found["shared"], strict=True))
     told["answer"] = row("answer", seconds, questions, "shared", {"differ": differ})

@@ -1,9 +1,13 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_batch import with_language_model
+from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import Tokenizer as Backend
 
 from intervale.core.errors import UserError
 from intervale.data.prompt import Turn, encode_turns
@@ -11,6 +15,7 @@ from intervale.engine.api import ChatTurn, Request, Sampling
 from intervale.engine.decode import encode_tiles, generate, prefill, score_continuations
 from intervale.engine.local import LocalEngine, answer
 from intervale.model.load import Model, load_model
+from intervale.model.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +95,35 @@ def test_a_prompt_beyond_the_context_is_refused_with_the_numbers(model: Model) -
 def test_the_user_speaks_last(model: Model) -> None:
     with pytest.raises(UserError, match="user's turn"):
         list(LocalEngine(model).stream(Request((ChatTurn("assistant", ("x",)),))))
+
+
+def test_an_answer_that_goes_on_keeps_the_space_before_its_first_word(model: Model) -> None:
+    """Llama's and Phi3's tokenizer.json drop the space that a text begins with."""
+    words = {"▁": 3, "w": 4, "▁w": 5, "a": 6}
+    backend = Backend(models.BPE({f"<{at}>": at for at in range(200) if at not in words.values()} | words, [("▁", "w")], fuse_unk=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens([AddedToken(text, special=True) for text in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")])
+    stripping = replace(model, tokenizer=Tokenizer(backend, False, "test"))
+    engine = LocalEngine(stripping)
+    engine._tokens = lambda *_: iter([5, 4])  # type: ignore[method-assign]
+    turns = (ChatTurn("user", ("a",)), ChatTurn("assistant", ("a",)))
+    assert answer(engine, Request(turns[:1]))[0] == "ww"
+    assert answer(engine, Request(turns))[0] == " ww"
+
+
+def test_a_rotary_embedding_that_turns_with_the_length_is_one_throughout_a_prompt(model: Model) -> None:
+    long = with_language_model(model, "phi3-long")  # turns beyond 1,024 positions
+    engine, turns = LocalEngine(long), [ChatTurn("user", ("什么菜?" * 60,))]
+    for more in ("x" * 150, "y" * 200, "z" * 300, "short again"):  # the second goes over it, the last asks anew
+        request = Request(tuple(turns), Sampling(max_new_tokens=60))
+        ids_S = encode_turns([Turn(turn.role, turn.parts) for turn in turns], long.template, long.tokenizer, answer_next=True).ids_S  # type: ignore[arg-type]
+        made = [one for one in generate(long, prefill(long, ids_S, None), request.sampling) if one not in long.stop_ids]
+        said = answer(engine, request)[0]
+        assert said == long.tokenizer.decode(made), len(ids_S)
+        assert answer(engine, request)[0] == said  # now from what was kept
+        turns = (
+            [*turns, ChatTurn("assistant", (said,)), ChatTurn("user", (more,))]
+            if more != "z" * 300
+            else [ChatTurn("user", ("什么菜?" * 61,))]
+        )

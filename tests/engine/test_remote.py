@@ -93,10 +93,45 @@ def test_log_probabilities_are_passed_on_or_refused() -> None:
     apart = engine(Other(b"data: " + json.dumps(part).encode() + b"\n\n" + end)).stream(
         replace(asking, sampling=replace(ASK.sampling, likely=2))
     )
-    assert [one.token for one in next(apart).likely[0].top] == ["he", "ho"]
+    first, *_ = apart
+    assert [one.token for one in first.likely[0].top] == ["he", "ho"]
     part["choices"][0]["logprobs"] = {"content": [{"token": "he"}]}
     with pytest.raises(RefusedError, match="in another form"):
         told(engine(Other(b"data: " + json.dumps(part).encode() + b"\n\n" + end)), asking)
+
+
+def told_with(text: str, *tokens: str) -> bytes:
+    """An event whose tokens have log-probabilities; bytes that are half of a character."""
+    content = [{"token": one, "logprob": -0.5, "bytes": [0xE4]} for one in tokens]
+    return b"data: " + json.dumps({"choices": [{"delta": {"content": text}, "logprobs": {"content": content}}]}).encode() + b"\n\n"
+
+
+def test_text_that_was_held_back_may_come_without_a_token_of_its_own() -> None:
+    asking = replace(ASK, sampling=replace(ASK.sampling, likely=0))
+    other = Other(told_with("a", "a") + told_with("", "x") + event("x") + event(finish="length") + USAGE + b"data: [DONE]\n\n")
+    pieces = list(engine(other).stream(asking))
+    assert "".join(piece.text for piece in pieces) == "ax"
+    assert [one.token for piece in pieces for one in piece.likely] == ["a", "x"]
+    assert [piece.tokens for piece in pieces] == [1, 2, 2, 2]
+
+
+def test_a_token_that_is_half_of_a_character_was_told_and_is_not_asked_for_again() -> None:
+    async def breaks() -> AsyncIterator[bytes]:
+        yield told_with("", "\ufffd")
+        raise httpx.ReadError("reset")
+
+    other = Other(breaks, GOOD)
+    with pytest.raises(EngineError, match="middle"):
+        told(engine(other), replace(ASK, sampling=replace(ASK.sampling, likely=0)))
+    assert len(other.asked) == 1
+
+
+@pytest.mark.parametrize("raw", [10**12, "he", [256], [-1], [[1]], {"a": 1}])
+def test_bytes_that_are_none_are_refused(raw: Any) -> None:
+    place = {"token": "he", "logprob": -0.1, "bytes": raw}
+    part = {"choices": [{"delta": {"content": "he"}, "logprobs": {"content": [place]}}]}
+    with pytest.raises(RefusedError, match="in another form"):
+        told(engine(Other(b"data: " + json.dumps(part).encode() + b"\n\n")), replace(ASK, sampling=replace(ASK.sampling, likely=0)))
 
 
 def test_a_begun_answer_is_not_sent_where_it_would_be_taken_for_a_finished_one() -> None:

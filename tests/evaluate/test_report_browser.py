@@ -15,6 +15,7 @@ from evaluation_fixture import folder, line
 from intervale.core.files import write_json
 from intervale.core.lang import set_language
 from intervale.evaluate.compare import compare, write_report
+from intervale.evaluate.published import published
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = os.environ.get("INTERVALE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -44,11 +45,11 @@ def _side(home: Path, name: str, marks: str, mode: str, sure: float) -> Path:
         "files": [{"file": "/data/train.jsonl", "exact": 3, "near": 2, "picture": 4, "compared": True}],
     }
     scores = [{"sum": math.log(sure)}, {"sum": math.log(1 - sure)}]
-    kinds = ["cuisine_type", "region-2", "cooking-skills", "flavor"]
+    kinds = [kind for kind, count in published()["types"]["sivqa"].items() for _ in range(count)]
     items = [
         line(
             f"vqa-{n}", marks[n % len(marks)] == "1", mode=mode, prompt="mcq", scores=scores, images=["a b.png"] * (1 + 3 * (n % 7 == 0)),
-            question="图中的菜" + "Donaudampfschifffahrt" * (4 if n % 5 == 0 else 0), tags={"question_type": kinds[n % 4]}, pictures=[f"p{n // 2}"],
+            question="图中的菜" + "Donaudampfschifffahrt" * (4 if n % 5 == 0 else 0), tags={"question_type": kinds[n], "dish": f"{n % 20:02}"}, pictures=[f"p{n // 2}"],
         )
         for n in range(256)
     ]  # fmt: skip
@@ -105,3 +106,13 @@ def test_on_paper_it_has_pages_and_its_warning_stands_first(browser: Any, report
 
         text = subprocess.run(["pdftotext", "-l", "1", tmp_path / "report.pdf", "-"], capture_output=True, text=True, check=True).stdout
         assert {"en": "Scored on training items.", "zh": "在训练数据上评分"}[report[0]] in text
+
+
+def test_a_long_list_of_groups_goes_over_a_pages_edge_instead_of_leaving_a_page_empty(browser: Any, report: tuple[str, Path]) -> None:
+    page = browser.new_page()
+    page.goto(report[1].as_uri())
+    page.emulate_media(media="print")
+    kept = page.evaluate("""() => [...document.querySelectorAll('div:has(> h3)')].filter(box => box.querySelector('.row'))
+        .map(box => [box.querySelectorAll('.row').length, getComputedStyle(box).breakInside])""")
+    page.close()
+    assert sorted(kept) == [[6, "avoid"], [20, "auto"]]

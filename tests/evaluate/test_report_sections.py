@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 
 from evaluation_fixture import folder, line, outcomes
+from intervale.cli.evaluate import shown
 from intervale.core.errors import UserError
 from intervale.core.files import write_json
-from intervale.core.lang import set_language
+from intervale.core.lang import in_language, set_language
 from intervale.evaluate.compare import compare
 from intervale.evaluate.free import free_numbers, score_free
 from intervale.evaluate.published import column, published
@@ -161,7 +163,13 @@ def test_every_published_percentage_is_a_count_of_its_items_but_for_one_misprint
 
 
 def foodie(
-    tmp_path: Path, n: int, card: dict[str, Any] | None = None, question: str = "这道菜是什么口味？", **changes: Any
+    tmp_path: Path,
+    n: int,
+    card: dict[str, Any] | None = None,
+    question: str = "这道菜是什么口味？",
+    ids: str = "vqa-{}",
+    kind: str = "",
+    **changes: Any,
 ) -> dict[str, Any]:
     home = tmp_path / "data"
     home.mkdir(exist_ok=True)
@@ -171,7 +179,10 @@ def foodie(
         "protocol": MCQ,
         "scored_on_training_items": False,
     } | changes
-    items = [line(f"vqa-{at}", at % 3 > 0, question=question, prompt="mcq", tags={"question_type": "flavor"}) for at in range(n)]
+    kinds = [kind for kind, count in published()["types"]["sivqa"].items() for _ in range(count)]
+    items = [
+        line(ids.format(at), at % 3 > 0, question=question, prompt="mcq", tags={"question_type": kind or kinds[at]}) for at in range(n)
+    ]
     return compare(folder(tmp_path / "a", items, **own), folder(tmp_path / "b", items, **own))
 
 
@@ -225,6 +236,44 @@ def test_the_suites_own_protocol_is_known_by_its_settings(tmp_path: Path) -> Non
 
 def test_other_data_has_no_published_results(tmp_path: Path) -> None:
     assert foodie(tmp_path, 4, card={"task": "sivqa", "licence": {"url": "see NOTICE"}})["published"] is None
+
+
+def test_the_benchmarks_question_types_add_up_to_its_items() -> None:
+    told = published()
+    assert {task: sum(types.values()) for task, types in told["types"].items()} == {
+        task: told["items"][task] for task in ("sivqa", "mivqa")
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"ids": "{}"}, ["ids"]),
+        ({"kind": "food_name"}, ["types"]),
+        ({"kind": "present"}, ["types"]),  # 40 of it, and the benchmark has 14
+        ({"card": {"files": {"eval.jsonl": {"items": 40}}, "skipped": 2}}, ["number"]),
+        ({"card": {"files": {"train.jsonl": {"items": 213}, "eval.jsonl": {"items": 40}}, "skipped": 3}}, []),
+        ({"card": {"files": {"eval.jsonl": {"items": 40}}, "question_language": "both"}}, []),  # not known
+        ({"card": {"files": {"eval.jsonl": []}}}, []),
+    ],
+)
+def test_published_results_stand_beside_the_benchmarks_own_items_alone(tmp_path: Path, changes: dict[str, Any], why: list[str]) -> None:
+    home = {"task": "sivqa", "licence": {"url": "https://huggingface.co/datasets/lyan62/FoodieQA"}}
+    found = foodie(tmp_path, 40, **changes | {"card": home | changes.get("card", {})})
+    assert found["published"]["foreign"] == why
+    assert bool(found["published"]["rows"]) == (not why)
+    told = text_of(found)
+    assert ("GPT-4o" in told) == (not why)
+    assert ("these are other items" in told) == bool(why)
+
+
+def test_a_suite_on_other_data_of_that_form_has_no_published_results(tmp_path: Path) -> None:
+    suite = MCQ | {"prompt": "foodieqa", "suite": "foodieqa", "task": "sivqa", "language": "zh", "view": "picture"}
+    data = {"file": str(tmp_path / "data" / "sivqa_tidy.json"), "items": 40, "digest": "d"}
+    assert foodie(tmp_path, 40, card={}, protocol=suite, data=data | {"in_file": 42})["published"]["foreign"] == ["number"]
+    for name in ("a", "b"):
+        shutil.rmtree(tmp_path / name)
+    assert foodie(tmp_path, 40, card={}, protocol=suite, data=data | {"in_file": 256})["published"]["foreign"] == []
 
 
 def open_lines(answers: list[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -339,6 +388,18 @@ def test_more_models_stand_beside_each_tested_against_the_tuned_one(tmp_path: Pa
     assert "gpt-x 25.0% +50.0 [" in re.sub(r"\s+", " ", told)
     assert "Scored on training items: m" in told
     assert "Beside other models" not in text_of(compare(before, after))
+
+
+def test_what_a_server_kept_back_is_told_wherever_its_score_stands(tmp_path: Path) -> None:
+    pair = folder(tmp_path / "a", outcomes("0" * 40)), folder(tmp_path / "b", outcomes("1" * 40))
+    kept = folder(tmp_path / "c", outcomes("1" * 10 + "0" * 30), unseen=12, refused=3)
+    told = text_of(compare(*pair, [kept]))
+    assert "Counted as wrong: m: 12 without a letter among the server's likeliest tokens, 3 refused by the server" in told
+    assert "12 without a letter" in text_of(compare(pair[0], kept))
+    assert "Counted as wrong" not in text_of(compare(*pair, [pair[0]]))
+    with in_language("zh"):
+        shown_lines = "\n".join(shown(json.loads((kept / "summary.json").read_text()), coloured=False))
+    assert "计为错误：12 条在服务器给出的最可能 token 中没有选项字母; 3 条被服务器拒绝" in shown_lines
 
 
 def test_a_model_asked_otherwise_or_other_items_does_not_stand_beside(tmp_path: Path) -> None:

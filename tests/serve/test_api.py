@@ -18,7 +18,7 @@ import torch
 from serve_fixture import asking, data_url, encoded, live, picture
 
 from intervale.data.prompt import Turn, encode_turns
-from intervale.engine.api import ChatTurn, Request, Sampling
+from intervale.engine.api import ChatTurn, Delta, Request, Sampling
 from intervale.engine.decode import generate, prefill
 from intervale.engine.local import Face, LocalEngine, answer
 from intervale.engine.scheduler import Scheduler
@@ -126,8 +126,29 @@ def test_an_answer_goes_on_from_its_beginning(client: openai.OpenAI, model: Mode
     for wrong in ({}, {"continue_final_message": True, "add_generation_prompt": True}, {"add_generation_prompt": False}):
         with pytest.raises(openai.BadRequestError):
             client.chat.completions.create(**ask, extra_body=wrong)  # type: ignore[call-overload]
+    twice = [*begun, {"role": "assistant", "content": "一道"}]
+    with pytest.raises(openai.BadRequestError, match="must follow the user's message"):
+        client.chat.completions.create(**ask | {"messages": twice}, extra_body=extra)  # type: ignore[call-overload]
     with pytest.raises(openai.BadRequestError, match="the answer to go on with"):
         client.chat.completions.create(**ask | {"messages": asking("x")}, extra_body=extra)  # type: ignore[call-overload]
+
+
+class _Uncounted:
+    """An engine that does not know how long the prompt is, as a server without usage."""
+
+    def stream(self, request: Request) -> Iterator[Delta]:
+        yield Delta("a", 1)
+        yield Delta("b", 2, "stop")
+
+
+def test_an_answers_tokens_are_told_where_the_prompts_are_not_known() -> None:
+    with live(Scheduler(_Uncounted(), ("x",))) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        whole = client.chat.completions.create(model="x", messages=asking("?")).usage  # type: ignore[call-overload]
+        told = client.chat.completions.create(model="x", messages=asking("?"), stream=True, stream_options={"include_usage": True})  # type: ignore[call-overload]
+        (streamed,) = [event.usage for event in told if event.usage]
+        assert [(one.prompt_tokens, one.completion_tokens) for one in (whole, streamed)] == [(0, 2)] * 2
+        assert 'intervale_tokens_total{model="x"} 4.0' in httpx.get(f"{url}/metrics").text
 
 
 def test_the_stream_is_sse_and_ends_in_done(url: str) -> None:

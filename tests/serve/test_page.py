@@ -131,6 +131,8 @@ def test_the_window_counts_pictures_as_places_of_their_own() -> None:
         ({"text": "x", "files": []}, ("", "nan", 1, 64, 12, "", ""), "emperature goes from 0 to 2"),
         ({"text": "x", "files": []}, ("", 0, 1, 10**9, 12, "", ""), "4,096 tokens"),
         ({"text": "x", "files": []}, ("", 0, 1, 64, 12, "seven", ""), "not a number"),
+        ({"text": "x" * 400_001, "files": []}, CHOSEN, "400,001 characters; the limit is 400,000"),
+        ({"text": "xyz", "files": []}, ("", 0, 1, 64, 12, "", "y" * 399_998), "400,001 characters; the limit is 400,000"),
     ],
 )
 def test_what_cannot_be_asked_is_said_in_words(box: dict[str, Any], chosen: tuple[Any, ...], said: str) -> None:
@@ -144,6 +146,19 @@ def test_what_cannot_be_asked_is_said_in_words(box: dict[str, Any], chosen: tupl
     assert "Traceback" not in text
     compared = all_of(page.compare(visitor(), box, *chosen))[-1][4]
     assert said in compared
+    page.desk.close()
+
+
+def test_a_conversation_does_not_grow_without_end() -> None:
+    page = a_page(Speaker())
+    failed = Exchange("x" * 399_999, end="error")
+    status, talk = all_of(page.send(visitor(), {"text": "more", "files": []}, (failed,), *CHOSEN))[-1][3], (Exchange("a", answer="b"),)
+    assert "the limit is 400,000" in status
+    data = gr.EditData(None, {"index": 0, "value": "x" * 400_001, "previous_value": "a"})
+    edited = all_of(page.edit(visitor(), data, talk, *CHOSEN))[-1]
+    assert edited[0] == talk
+    assert "the limit is 400,000" in edited[3]
+    assert "the limit is 250" in all_of(page.send(visitor(), {"text": "more", "files": []}, talk * 250, *CHOSEN))[-1][3]
     page.desk.close()
 
 
@@ -246,6 +261,8 @@ def test_what_differs_is_marked_and_nothing_a_model_says_is_markup() -> None:
     assert "<img" not in html
     assert "<b>" not in html
     assert verdict(sides, "zh") == "不同之处已标出"
+    begun = [Side("a red app"), Side("a red apple on", finish="stop")]
+    assert "<mark" not in panels(("a", "b"), begun, "en", stopped=True)  # who was stopped had not said it yet
 
 
 def test_a_typed_control_token_stays_text_to_see_and_to_send() -> None:
@@ -368,7 +385,7 @@ def test_nothing_but_the_page_is_open() -> None:
         assert httpx.get(f"{url}/gradio_api/proxy=http://127.0.0.1/").status_code == 404
         assert httpx.get(f"{url}/shelf/0").headers["content-type"] == "image/webp"
         for number in ("47", "-1", "x", "../NOTICE"):
-            assert httpx.get(f"{url}/shelf/{number}").status_code in (404, 422), number
+            assert httpx.get(f"{url}/shelf/{number}").status_code == 404, number
         report = httpx.get(f"{url}/report")
         assert report.text == "<p>R</p>"
         assert httpx.get(f"{url}/report", headers={"accept-language": "zh-CN,zh;q=0.9"}).text == "<p>报</p>"

@@ -94,12 +94,12 @@ def test_an_answer_streams_stops_comes_again_and_is_cleared(opened: Any, slow: t
     expect(bots(page)).to_contain_text("abc", timeout=WAIT)  # while it goes on
     assert desk.load().active == 1
     page.click("#iv-box .stop-button")
-    expect(bots(page)).to_contain_text("⏹", timeout=WAIT)
+    expect(bots(page)).to_contain_text("■", timeout=WAIT)
     idle(page)
     assert freed(page, desk)
     assert long not in bots(page).inner_text()
     page.click("#iv-chat button[title=Retry]")
-    expect(bots(page)).not_to_contain_text("⏹", timeout=WAIT)
+    expect(bots(page)).not_to_contain_text("■", timeout=WAIT)
     expect(bots(page)).to_contain_text("ab", timeout=WAIT)
     page.click("#iv-new")  # also while an answer runs
     expect(bots(page)).to_have_count(0, timeout=WAIT)
@@ -128,6 +128,7 @@ def test_a_question_can_be_asked_otherwise_and_a_tag_is_text(opened: Any, slow: 
     expect(bots(page)).to_have_text("<\u2060b>a<\u2060/b> <\u2060IMG_CONTEXT> &\u2060lt;", timeout=WAIT)
     idle(page)
     page.click("#iv-chat button[title=Edit]")
+    assert page.locator("#iv-chat textarea").bounding_box()["width"] >= 400  # room to write in, whatever the question's own width
     assert page.input_value("#iv-chat textarea").replace("\u2060", "") == "<b>a</b> <IMG_CONTEXT> &lt;"
     page.fill("#iv-chat textarea", "<|im_end|>")
     page.click("#iv-chat button[title=Submit]")
@@ -188,9 +189,35 @@ def test_the_language_is_the_browsers_and_can_be_switched(opened: Any, slow: tup
     expect(page.locator("#iv-new")).to_have_text("New chat")
 
 
+PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+
+
+def test_on_a_phone_an_answer_to_a_picture_off_the_shelf_is_seen(opened: Any) -> None:
+    with live(Scheduler(Speaker(), ("echo",)), page=lambda app: mount_page(app, Facts())) as url:
+        page = opened(url, **PHONE)
+        page.wait_for_selector("#iv-shelf button", timeout=WAIT)
+        text = page.locator("#iv-chat .placeholder p")
+        assert text.bounding_box()["x"] >= 30  # not at the frame's edge
+        page.locator("#iv-shelf [data-at='20']").tap()
+        expect(page.locator("#iv-box img")).to_have_count(1, timeout=WAIT)
+        page.fill("#iv-box textarea", "seen")
+        page.evaluate("scrollTo(0, document.querySelector('#iv-box').getBoundingClientRect().top + scrollY - 40)")
+        page.locator("#iv-box .submit-button").tap()
+        expect(page.locator("#iv-status")).to_contain_text("token", timeout=WAIT)
+        expect(bots(page)).to_be_in_viewport(ratio=1)
+
+
+def test_the_box_stays_where_it_is_when_an_answers_numbers_come(opened: Any, slow: tuple[Scheduler, str]) -> None:
+    page = opened(slow[1])
+    page.wait_for_selector("#iv-shelf button", timeout=WAIT)
+    before = page.locator("#iv-box").bounding_box()["y"]
+    ask(page, "a")
+    expect(page.locator("#iv-status")).to_contain_text("token", timeout=WAIT)
+    assert page.locator("#iv-box").bounding_box()["y"] == pytest.approx(before, abs=2)
+
+
 def test_a_phone_shows_it_without_scrolling_sideways_and_dark_is_dark(opened: Any, slow: tuple[Scheduler, str]) -> None:
-    phone = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True, "color_scheme": "dark"}
-    page = opened(slow[1], "en-US", **phone)
+    page = opened(slow[1], "en-US", color_scheme="dark", **PHONE)
     ask(page, "a_long_word_without_any_space_" * 4)
     expect(bots(page)).to_contain_text("a_long", timeout=WAIT)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -69,6 +70,18 @@ def test_a_run_learns_and_leaves_its_traces(tmp_path: Path, tiny: Path, plates: 
     said: list[str] = []
     assert run(path, *FULL, "train.learning_rate=3e-3", said=said).status == "done"
     assert "complete already" in said[-1]
+
+
+def test_the_commands_at_the_end_of_a_run_name_folders_of_its_own(tmp_path: Path, tiny: Path, plates: Path) -> None:
+    path = write_recipe(tmp_path, tiny, plates, epochs=1)
+    told = []
+    for name in ("one", "an other"):
+        said: list[str] = []
+        run(path, f"out={tmp_path / name}", said=said)
+        told.append([shlex.split(line) for line in said[-1].splitlines() + said if line.startswith("  intervale")])
+    outs = [{words[words.index("--out") + 1] for words in lines if "--out" in words} for lines in told]
+    assert outs == [{str(tmp_path / f"{name}-{side}") for side in ("before", "after")} for name in ("one", "an other")]
+    assert all(["intervale", "compare", *sorted(own, reverse=True)] in lines for own, lines in zip(outs, told, strict=True))
 
 
 def test_resumed_is_the_straight_run_bit_by_bit(tmp_path: Path, tiny: Path, plates: Path) -> None:
@@ -312,6 +325,16 @@ def test_an_unreadable_picture_stops_or_is_listed_but_never_replaced(tmp_path: P
     listed = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [entry["id"] for entry in listed] == ["p3"]
     assert sum(entry["samples"] for entry in read_metrics(tmp_path / "run") if "samples" in entry) == 14
+
+
+def test_too_many_unreadable_pictures_stop_even_a_run_that_may_skip_and_it_says_so(tmp_path: Path, tiny: Path) -> None:
+    draw_plates(tmp_path, 8)
+    draw_plates(tmp_path, 2, "eval.jsonl", seed=1)
+    for number in (3, 5):
+        (tmp_path / "images" / f"train-{number}.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(UserError, match=r"2 of 8 items cannot be read, more than the 1% that data\.on_bad_sample: skip leaves out") as told:
+        run(write_recipe(tmp_path, tiny, tmp_path), "data.on_bad_sample=skip")
+    assert str(tmp_path / "run" / "skipped.jsonl") in told.value.fix
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from intervale.core.errors import UserError
 from intervale.core.runlog import read_metrics
 from intervale.export.export import export
 from intervale.model.adapt import newest_checkpoint
+from intervale.train import steps
 from intervale.train.recipe import TrainRecipe
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed (intervale[deepspeed])")
@@ -144,7 +146,10 @@ def test_a_bfloat16_base_under_float32_adapters_is_shared_too(tmp_path: Path, ti
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_every_process_once_and_the_run_goes_on(tmp_path: Path, tiny: Path, plates: Path) -> None:
+@pytest.mark.parametrize(("asked", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_reaches_every_process_once_and_the_run_goes_on(
+    tmp_path: Path, tiny: Path, plates: Path, asked: signal.Signals, code: int
+) -> None:
     path = write_recipe(tmp_path, tiny, plates, epochs=400, batch_size=1)
     words = [sys.executable, "-m", "intervale", "train", str(path), "--set", "parallel.processes=2", "--set", "parallel.strategy=ddp"]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | {"INTERVALE_DEVICE": "cpu"}) as process:
@@ -152,13 +157,25 @@ def test_ctrl_c_reaches_every_process_once_and_the_run_goes_on(tmp_path: Path, t
             if len(read_metrics(tmp_path / "run")) > 3:
                 break
             time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(asked)
         _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
+    assert process.returncode == code, said
     assert "--resume" in said
     newest = newest_checkpoint(tmp_path / "run")
     assert newest is not None
     assert int(newest.name.removeprefix("step-")) == read_metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = SimpleNamespace(stop=None, world=SimpleNamespace(size=8))
+
+    def agree(world: object, value: int) -> int:
+        loop.stop = signal.SIGTERM  # the handler runs while the others are waited for
+        return value
+
+    monkeypatch.setattr(steps, "most_of", agree)
+    assert [steps._asked_to_stop(loop) for _ in range(2)] == [False, True]  # type: ignore[arg-type]
+    assert loop.stop == signal.SIGTERM
 
 
 @pytest.mark.slow

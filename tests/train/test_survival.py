@@ -545,7 +545,7 @@ def test_what_another_process_could_not_read_counts_too(tmp_path: Path) -> None:
     steps._list_bad(two, [("a", PictureError("a is cut short", ""))])  # type: ignore[arg-type]
     assert already_skipped(tmp_path) == {"a"}
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 1
-    with pytest.raises(UserError, match="2 items cannot be read; the last: b is cut short"):
+    with pytest.raises(UserError, match=r"2 of 100 items cannot be read, .*; the last: b is cut short"):
         steps._list_bad(two, [("b", PictureError("b is cut short", ""))])  # type: ignore[arg-type]
 
 

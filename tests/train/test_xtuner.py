@@ -156,6 +156,7 @@ def test_a_config_on_top_of_another_is_refused(tmp_path: Path) -> None:
         ("freeze_visual_encoder=True", "freeze_visual_encoder=False", "train.vision", "full"),
         ("target_modules=None", "target_modules=['wqkv', 'wo', 'w1', 'w2', 'w3']", "lora.targets", "llm"),
         ("dtype='float16'", "dtype='bfloat16'", "train.precision", "bf16"),
+        ("freeze_llm=True", "freeze_llm=True, quantization_llm=True", "lora.quantize", "nf4"),
         ("seed=None", "seed=7", "train.seed", 7),
         ("type=CosineAnnealingLR, eta_min=0.0,", "type=LinearLR, start_factor=1, end_factor=0,", "train.schedule", "linear"),
         ("lr = 3e-5", "lr = 2 * 3e-5 / 2", "train.learning_rate", 3e-5),
@@ -168,6 +169,14 @@ def test_each_setting_reaches_its_key(tmp_path: Path, old: str, new: str, key: s
     assert old in CONFIG
     (tmp_path / "c.py").write_text(CONFIG.replace(old, new, 1))
     assert imported(tmp_path / "c.py").values[key] == value
+
+
+def test_a_four_bit_base_without_lora_is_told(tmp_path: Path) -> None:
+    begin, _, end = CONFIG.partition("    llm_lora=")
+    (tmp_path / "c.py").write_text(f"{begin}    quantization_llm=True)\n{end.partition(chr(10))[2]}")
+    found = imported(tmp_path / "c.py")
+    assert "lora.quantize" not in found.values
+    assert any(note.text.startswith("model.quantization_llm = True") for note in found.missing)
 
 
 def test_unknown_settings_are_listed_and_narrow_targets_are_told(tmp_path: Path) -> None:

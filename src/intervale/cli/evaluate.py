@@ -182,6 +182,7 @@ def _open_answers(summary: dict[str, Any]) -> list[str]:
 def shown(summary: dict[str, Any], coloured: bool) -> list[str]:
     """The summary for a terminal: accuracy, what was not recognised, a table per tag, and the warning in red."""
     from intervale.evaluate.folder import sees_choices, telling_tags
+    from intervale.evaluate.report_facts import kept_back
     from intervale.evaluate.seen import reason_of
 
     chance = say(f"  (chance {summary['chance']:.1%})", f"  （随机 {summary['chance']:.1%}）") if sees_choices(summary["protocol"]) else ""
@@ -197,6 +198,8 @@ def shown(summary: dict[str, Any], coloured: bool) -> list[str]:
         unparsed, cut = summary["unparsed"], summary["cut_off"]
         lines.append(say(f"no choice recognised, counted as wrong: {unparsed}; answers cut at the token limit: {cut}",
                          f"未识别出选项（计为错误）：{unparsed}；达到长度上限的回答：{cut}"))  # fmt: skip
+    if kept := kept_back(summary):
+        lines.append(say("counted as wrong: ", "计为错误：") + "; ".join(kept))
     if summary["protocol"]["mode"] == "official":
         lines.append(say("the official scorer draws a random letter for those, so its number cannot be reproduced",
                          "官方评分对这些回答随机取字母，因此其分数不可复现"))  # fmt: skip

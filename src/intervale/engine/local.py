@@ -23,7 +23,7 @@ from intervale.data.images import PictureError, load_picture
 from intervale.data.prompt import Picture, Turn, encode_turns
 from intervale.data.tiling import Tiling, cut_tiles
 from intervale.engine.api import ChatTurn, Delta, EngineError, Likely, Photo, RefusedError, Request
-from intervale.engine.decode import Prefilled, encode_tiles, generate, prefill, refuse_long
+from intervale.engine.decode import Prefilled, encode_tiles, generate, prefill, refuse_long, rotary_turn
 from intervale.engine.reuse import Conversations, Features, Kept, Span
 from intervale.engine.text import spoken
 from intervale.model.load import Model, narrow
@@ -55,11 +55,12 @@ def faces_of(pair: Pair, tuned: str, base: str) -> dict[str, Face]:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request as the network takes it: ids, pictures with their places and tilings."""
+    """A request as the network takes it: ids, pictures with their places and tilings; is there a begun answer to go on with?"""
 
     ids_S: np.ndarray
     spans: tuple[Span, ...]
     pictures: tuple[tuple[Image.Image | Photo, Tiling], ...]
+    begun: bool
 
 
 class LocalEngine:
@@ -82,7 +83,9 @@ class LocalEngine:
         """The answer, piece by piece. Raises: RefusedError when the prompt does not fit, PictureError for a damaged picture."""
         face = self._face(request.model)
         asked = _asked(face, request)
-        owner = (request.visitor, request.model or next(iter(self.faces)))
+        turn = rotary_turn(face.model)
+        beyond = turn is not None and len(asked.ids_S) > turn  # keys of such prompts and of shorter ones do not go together
+        owner = (request.visitor, request.model or next(iter(self.faces)), beyond)
         cache = self._conversations.take(owner, asked.ids_S, asked.spans)
         reused = cache.get_seq_length()
         made: list[int] = []
@@ -93,17 +96,18 @@ class LocalEngine:
                     yield Delta("", 0)
             assert start is not None
             likely: list[Likely] = []
-            tokens = self._tokens(face, start, request, made, likely)
-            for text, count, finish in spoken(tokens, face.model.tokenizer.decode, face.model.stop_ids, request.sampling.stop):
+            tokens, tokenizer = self._tokens(face, start, request, made, likely), face.model.tokenizer
+            decode = tokenizer.decode_on if asked.begun else tokenizer.decode
+            for text, count, finish in spoken(tokens, decode, face.model.stop_ids, request.sampling.stop):
                 yield Delta(text, count, finish, len(asked.ids_S), reused, tuple(likely))
                 likely.clear()
         except torch.OutOfMemoryError as error:
             self.forget()
             raise EngineError("the engine ran out of memory", "try again, with fewer or smaller pictures", "out_of_memory", 5) from error
         except GeneratorExit:
-            self._keep(owner, asked, made, cache)
+            self._keep(owner, asked, made, cache, None if beyond else turn)
             raise
-        self._keep(owner, asked, made, cache)
+        self._keep(owner, asked, made, cache, None if beyond else turn)
 
     def _tokens(self, face: Face, start: Prefilled, request: Request, made: list[int], likely: list[Likely]) -> Iterator[int]:
         """The answer's tokens, also noted in `made`, and in `likely` if asked for; whatever others did in between, each step computes with this face."""
@@ -121,8 +125,11 @@ class LocalEngine:
             made.append(token)
             yield token
 
-    def _keep(self, owner: Hashable, asked: _Asked, made: list[int], cache: DynamicCache) -> None:
+    def _keep(self, owner: Hashable, asked: _Asked, made: list[int], cache: DynamicCache, most: int | None) -> None:
         length = cache.get_seq_length()
+        if most is not None and length > most:
+            cache.crop(most - length)
+            length = most
         ids_S = np.concatenate([asked.ids_S, np.array(made, np.int64)])[:length]
         self._conversations.put(Kept(owner, ids_S, asked.spans, min(len(asked.ids_S), length), cache))
 
@@ -158,14 +165,16 @@ class LocalEngine:
                     self._features.put(span.key, known)
                 unseen.append(known.flatten(0, 1)[max(0, past - span.start) :])
         features_TD = torch.cat(unseen) if unseen else None
-        token, used = face.model.network.config.image_token_id, 0
-        for at in range(past, len(asked.ids_S), _AT_ONCE):
-            ids_S = asked.ids_S[at : at + _AT_ONCE]
+        token, used, at = face.model.network.config.image_token_id, 0, past
+        turn = rotary_turn(face.model) or 0
+        least = turn + 1 if len(asked.ids_S) > turn else 0  # the first pass of such a prompt must reach beyond the turn, as all others do
+        while at < len(asked.ids_S):
+            ids_S = asked.ids_S[at : max(at + _AT_ONCE, least)]
             count = int((ids_S == token).sum())
             face.enter()
             start = prefill(face.model, ids_S, None if features_TD is None or not count else features_TD[None, used : used + count], cache)
-            used += count
-            yield start if at + len(ids_S) == len(asked.ids_S) else None
+            used, at = used + count, at + len(ids_S)
+            yield start if at == len(asked.ids_S) else None
 
 
 def _likely(tokenizer: Tokenizer, token: int, logits_V: torch.Tensor, most: int) -> Likely:
@@ -216,7 +225,7 @@ def _asked(face: Face, request: Request) -> _Asked:
     places = np.flatnonzero(ids_S == model.network.config.image_token_id)
     starts = np.cumsum([0, *counts])[:-1]
     spans = tuple(Span(int(places[at]), count, key) for at, count, key in zip(starts, counts, keys, strict=True))
-    return _Asked(ids_S, spans, tuple(pictures))
+    return _Asked(ids_S, spans, tuple(pictures), bool(begun))
 
 
 def _digest(picture: Image.Image | Photo) -> bytes:

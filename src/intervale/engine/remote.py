@@ -146,7 +146,7 @@ class RemoteEngine:
                 self._fault = ""
                 async with aclosing(_pieces(got, likely)) as pieces:
                     async for piece in pieces:
-                        begun = begun or bool(piece.text)
+                        begun = True  # also by a token that has no text yet
                         yield piece
         except httpx.HTTPError as error:
             if begun:
@@ -266,7 +266,7 @@ async def _pieces(got: httpx.Response, likely: int | None = None) -> AsyncGenera
 
     Raises: EngineError for an error in the stream; RefusedError where log-probabilities (`likely` beside each) were asked for and do not come.
     """
-    tokens, prompt, reused, finish = 0, 0, 0, ""
+    tokens, prompt, reused, finish, given = 0, 0, 0, "", likely is None
     async with aclosing(_events(got)) as events:
         async for event in events:
             if event.get("error"):
@@ -280,10 +280,11 @@ async def _pieces(got: httpx.Response, likely: int | None = None) -> AsyncGenera
                 text = (choice.get("delta") or {}).get("content") or ""
                 finish = choice.get("finish_reason") or finish
                 found = () if likely is None else _likely(choice, likely)
-                if text and likely is not None and not found:
+                given = given or bool(found)
+                if text and not given:
                     raise RefusedError("the engine's server gives no log-probabilities", "ask without logprobs", "unsupported_value")
-                if text or found:
-                    tokens += max(1, len(found))
+                if text or found:  # text that was held back comes without a token of its own
+                    tokens += len(found) if likely is not None else 1
                     yield Delta(text, tokens, likely=found)
     if not finish:
         raise httpx.RemoteProtocolError("the stream ended without a reason")
@@ -295,7 +296,8 @@ def _likely(choice: dict[str, Any], most: int) -> tuple[Likely, ...]:
 
     def entry(one: dict[str, Any], top: Sequence[dict[str, Any]] = ()) -> Likely:
         raw = one.get("bytes")
-        return Likely(str(one["token"]), None if raw is None else bytes(raw), float(one["logprob"]), tuple(entry(other) for other in top))
+        told = None if raw is None else bytes([*raw])  # of a number alone, bytes() would make as many zeros
+        return Likely(str(one["token"]), told, float(one["logprob"]), tuple(entry(other) for other in top))
 
     def tops(one: dict[str, Any]) -> list[dict[str, Any]]:
         found = list(one.get("top_logprobs") or [])

@@ -95,7 +95,7 @@ def _item(old: Line, new: Line) -> dict[str, Any]:
 
 
 def _side(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    keys = ("n", "correct", "accuracy", "interval", "unparsed", "ties", "empty", "cut_off", "accuracies", "means", "tags", "model", "data",
+    keys = ("n", "correct", "accuracy", "interval", "unparsed", "ties", "unseen", "refused", "empty", "cut_off", "accuracies", "means", "tags", "model", "data",
             "hashes", "seeds", "seen", "versions")  # fmt: skip
     seen = {key: summary[key] for key in ("scored_on_training_items", "scored_on_training_items_reason")}
     return {"folder": str(folder.resolve()), **{key: summary[key] for key in keys if key in summary}, **seen}

@@ -13,7 +13,7 @@ from intervale.core.files import inside
 from intervale.core.records import Record
 from intervale.data.pictures import hash_pictures, pictures_of
 
-_DIGITS = 16  # hex digits of sha256 kept a picture: enough to tell files apart, short enough for a line each
+DIGITS = 16  # hex digits of sha256 kept a picture: enough to tell files apart, short enough for a line each
 Keys = tuple[str, ...]
 
 
@@ -23,13 +23,13 @@ def picture_keys(records: Sequence[Record], tell: Callable[[str], None] = lambda
     for digest in found.values():
         if isinstance(digest, UserError):
             raise digest
-    short = {path: str(digest)[:_DIGITS] for path, digest in found.items()}
+    short = {path: str(digest)[:DIGITS] for path, digest in found.items()}
     return tuple(tuple(short[inside(record.root, image, record.where)] for image in record.images) for record in records)
 
 
 def pictures_digest(keys: Sequence[Keys]) -> str:
     """One name for all pictures of all items, in order."""
-    return hashlib.sha256("\n".join(" ".join(own) for own in keys).encode()).hexdigest()[:_DIGITS]
+    return hashlib.sha256("\n".join(" ".join(own) for own in keys).encode()).hexdigest()[:DIGITS]
 
 
 def refuse_changed(records: Sequence[Record], keys: Sequence[Keys]) -> None:

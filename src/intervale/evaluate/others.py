@@ -68,6 +68,8 @@ def _standing(folder: Path, after: tuple[Path, dict[str, Any], Sequence[Line]]) 
         "scored_on_training_items",
         "scored_on_training_items_reason",
         "used",
+        "unseen",
+        "refused",
     )
     return {
         "folder": str(folder.resolve()),

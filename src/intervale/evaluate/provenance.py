@@ -15,6 +15,7 @@ from intervale.core.files import read_json
 from intervale.core.records import Record, data_digest, read_records
 from intervale.data.corpus import file_digest, reads_whole
 from intervale.evaluate.contamination import contamination
+from intervale.evaluate.maker import told_by_maker
 from intervale.evaluate.seen import in_words
 from intervale.model.adapt import BASE, base_folder, checkpoint_fingerprint, checkpoint_of
 from intervale.model.source import fingerprint
@@ -76,9 +77,10 @@ def _told_by_card(data: Path) -> bool:
 def seen_in_training(folder: Path, data: Path, records: Sequence[Record], tell: Tell = lambda _: None) -> dict[str, Any]:
     """Whether a model folder has been trained on the items it is scored on, as plain values; `seen.in_words` says them.
 
-    {verdict: true, false or null when unknown; code: card, digest, items, none, gone or unknown; files: what was compared}. A file is
-    {file, digest, items, compared} and, where it was compared, the counts of `contamination`. The first finding does not end the
-    search: every training file that is still there is compared, but for one whose digest is the data's own.
+    {verdict: true, false or null when unknown; code: card, digest, items, none, gone, unknown, or one of `maker`; files: what was
+    compared; base, with the code none: what the maker of the base model says, or unknown}. A file is {file, digest, items, compared}
+    and, where it was compared, the counts of `contamination`. The first finding does not end the search: every training file that is
+    still there is compared, but for one whose digest is the data's own.
     """
     trainings = list(_trainings(folder))
     card, digest = _told_by_card(data), data_digest(records)
@@ -89,9 +91,21 @@ def seen_in_training(folder: Path, data: Path, records: Sequence[Record], tell: 
         return {"verdict": True, "code": "digest", "files": files}
     if any(file.get("exact", 0) + file.get("near", 0) for file in files):
         return {"verdict": True, "code": "items", "files": files}
+    by_maker = told_by_maker(base_folder(folder), _bottom(folder), records)
     if all(file["compared"] for file in files) and files:
-        return {"verdict": False, "code": "none", "files": files}
+        return {"verdict": False, "code": "none", "files": files, "base": by_maker or "unknown"}
+    if by_maker is not None and not files:
+        return {"verdict": False if by_maker == "apart" else None, "code": by_maker, "files": files}
     return {"verdict": None, "code": "gone" if files else "unknown", "files": files}
+
+
+def _bottom(folder: Path) -> str | None:
+    """The fingerprint of the model under every run and export that led to this folder; None when nothing tells."""
+    try:
+        base: str | None = hashes(folder, {"digest": None})["base"]
+    except (UserError, OSError):
+        return None
+    return base
 
 
 def _compared(train: dict[str, Any], digest: str, records: Sequence[Record], tell: Tell) -> dict[str, Any]:

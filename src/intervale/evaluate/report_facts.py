@@ -37,10 +37,26 @@ def _pictures(side: dict[str, Any]) -> str:
     return str((side.get("data") or {}).get("pictures") or say("not on file", "没有记录"))
 
 
+def kept_back(side: dict[str, Any]) -> list[str]:
+    """What a server did not give, which a score counts as wrong, in words; empty for a model of our own."""
+    told = []
+    if side.get("unseen"):
+        told.append(
+            say(
+                f"{side['unseen']} without a letter among the server's likeliest tokens",
+                f"{side['unseen']} 条在服务器给出的最可能 token 中没有选项字母",
+            )
+        )
+    if side.get("refused"):
+        told.append(say(f"{side['refused']} refused by the server", f"{side['refused']} 条被服务器拒绝"))
+    return told
+
+
 def _odd(side: dict[str, Any], free: bool) -> str:
+    more = "".join(f"; {told}" for told in kept_back(side))
     if free:
-        return say(f"{side.get('empty', 0)} empty", f"空回答 {side.get('empty', 0)}")
-    return str(side.get("unparsed", 0) + side.get("ties", 0))
+        return say(f"{side.get('empty', 0)} empty", f"空回答 {side.get('empty', 0)}") + more
+    return str(side.get("unparsed", 0) + side.get("ties", 0)) + more
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:

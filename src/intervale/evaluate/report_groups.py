@@ -12,6 +12,7 @@ from intervale.core.lang import say
 from intervale.evaluate.labels import tag_name, value_name
 
 BEFORE, AFTER = "#b4bfcd", "#4aa899"
+_KEPT = 8  # groups of one tag that stay together on paper
 _WIDE = 0.2  # a difference that a reader would call large; the sentence below names it
 
 
@@ -79,7 +80,8 @@ def groups_html(found: dict[str, Any]) -> str:
     parts = []
     for tag in found["holm"]["tags"]:
         rows = "".join(_row(tag, value, group) for value, group in found["tags"][tag].items())
-        parts.append(f"<div class='whole'><h3>{escape(tag_name(tag))}</h3><div>{rows}</div></div>")
+        kept = "whole" if len(found["tags"][tag]) <= _KEPT else "parted"  # a long list may go over a page's edge
+        parts.append(f"<div class='{kept}'><h3>{escape(tag_name(tag))}</h3><div>{rows}</div></div>")
     if not parts:
         return ""
     return f'<section class="long"><h2>{say("By group", "分组结果")}</h2><p class="soft">{_reading(found)}</p>{"".join(parts)}</section>'

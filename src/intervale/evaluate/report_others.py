@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from intervale.core.lang import say
+from intervale.evaluate.report_facts import kept_back
 from intervale.evaluate.report_published import single_row
 
 
@@ -22,7 +23,14 @@ def others_html(found: dict[str, Any]) -> str:
         f"after Holm's correction for {len(found['others'])} models.",
         f"所有模型回答了相同的 {found['n']:,} 道题和相同的图片。小字：训练后的模型减去该模型的百分点差及 95% 区间；* 表示经 Holm 校正（{len(found['others'])} 个模型）后 McNemar 精确检验 p < 0.05。",
     )
-    return f'<section class="long"><h2>{say("Beside other models", "与其他模型对照")}</h2>{_seen(found)}<div>{body}</div><p class="soft">{note}</p></section>'
+    return f'<section class="long"><h2>{say("Beside other models", "与其他模型对照")}</h2>{_seen(found)}<div>{body}</div>{_kept_back(found)}<p class="soft">{note}</p></section>'
+
+
+def _kept_back(found: dict[str, Any]) -> str:
+    """Below the table: what a server did not give, because that makes a model look worse than it is."""
+    told = [f"{own['model']['name']}: {say(', ', '，').join(words)}" for own in found["others"] if (words := kept_back(own))]
+    wrong = say("Counted as wrong: ", "计为错误：")
+    return f"<p>{wrong}{escape('; '.join(told))}</p>" if told else ""
 
 
 def _told(own: dict[str, Any] | None) -> str:

@@ -1,6 +1,7 @@
 """The report's table of published FoodieQA results beside ours, with what makes the two comparable or not.
 
-Promises: shown only for FoodieQA's own data; every way in which our score was obtained otherwise stands above the table.
+Promises: the table is shown for FoodieQA's own items only, and for other data of its form a sentence that says why not; every way in
+which our score was obtained otherwise stands above the table.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ def _why(code: str, told: dict[str, Any], n: int) -> str:
     return {
         "languages": say("our items are Chinese and English mixed, theirs Chinese alone", "我们的题目中英混合，对方只有中文"),
         "items": say(
-            f"we scored {n} items, they {items} (whether ours are among theirs is not checked)",
-            f"我们评测了 {n} 题，对方 {items} 题（未核对是否属于其中）",
+            f"we scored {n} items, they {items}",
+            f"我们评测了 {n} 题，对方 {items} 题",
         ),
         "options": say("our model did not see the options, theirs did", "我们的模型没有看到选项，对方看到了"),
         "view": say("our model did not see the pictures as they are, or was told the dish", "我们的模型没有按原样看图，或被告知了菜名"),
@@ -25,6 +26,22 @@ def _why(code: str, told: dict[str, Any], n: int) -> str:
         "trained": say("ours is a score on training items", "我们的成绩是在训练数据上得到的"),
         "unknown": say("whether our model was trained on these items is not known", "不清楚我们的模型是否在这些题目上训练过"),
     }.get(code, code)
+
+
+def _other_items(told: dict[str, Any]) -> str:
+    """What stands in the table's place where the items are not the benchmark's."""
+    why = {
+        "ids": say("their ids are not of the benchmark's form", "题目编号与该基准不同"),
+        "types": say("their types of question are not the benchmark's", "题型与该基准不同"),
+        "number": say(
+            f"they come from a file that does not hold the benchmark's {told['items']} items", f"来源文件不是该基准的 {told['items']} 题"
+        ),
+    }
+    reasons = say(", ", "，").join(why[code] for code in told["foreign"])
+    return say(
+        f"This data has FoodieQA's form, but these are other items ({reasons}). Results published for FoodieQA say nothing about them and are not shown.",
+        f"该数据采用 FoodieQA 的格式，但不是它的题目（{reasons}）。FoodieQA 的已发表结果与这些题目无关，因此不列出。",
+    )
 
 
 def single_row(name: str, score: dict[str, Any], style: str = "", more: str = "") -> str:
@@ -48,6 +65,9 @@ def published_html(found: dict[str, Any]) -> str:
     told = found.get("published")
     if not told:
         return ""
+    title = f"<h2>{say('Beside published results', '与已发表结果对照')}</h2>"
+    if told["foreign"]:
+        return f'<section class="long">{title}<p class="soft">{escape(_other_items(told))}</p></section>'
     people = say("people (mean of annotators)", "人类（标注者平均）")
     rows = [
         (row["percent"] / 100, people if row["who"].startswith("human") else row["who"], {"accuracy": row["percent"] / 100, **row}, "")
@@ -72,4 +92,4 @@ def published_html(found: dict[str, Any]) -> str:
         f"数据来自 {told['source']} 的结果表，“{told['column']}” 一列；论文：{told['paper']}。作者报告的是在同一批题目上四种提问方式中的最高分，并取回答的首个字母，因此偏高；"
         f"{wording[1]}。区间：Wilson 95%，由百分比反推的题数得出；各模型答对了哪些题没有公布，因此无法作配对检验。",
     )
-    return f'<section class="long"><h2>{say("Beside published results", "与已发表结果对照")}</h2>{note}<div>{body}</div><p class="soft">{about}</p></section>'
+    return f'<section class="long">{title}{note}<div>{body}</div><p class="soft">{about}</p></section>'

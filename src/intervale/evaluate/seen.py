@@ -41,6 +41,18 @@ def _none_found(files: list[dict[str, Any]], n: int) -> str:
     return told
 
 
+# What a model's own training.json says (`maker`), of a training whose files are not kept.
+_BY_MAKER = {
+    "apart": ("all pictures are by artists that the model was never shown in its training (training.json in its folder)",
+              "所有图片的画家都没有出现在该模型的训练中（见模型目录的 training.json）"),
+    "drawings": ("the model was trained on drawings by the same artists, placed and coloured anew, so not on these very pictures; "
+                 "its training items are not kept to compare (training.json in its folder)",
+                 "该模型在同一批画家的图画上训练过（重新摆放和着色，不是这些图片本身）；训练数据没有保留，无法逐条比较（见模型目录的 training.json）"),
+    "not kept": ("the model's training items are not kept to compare; what they were stands in its folder (training.json, README.md)",
+                 "该模型的训练数据没有保留，无法逐条比较；其内容见模型目录（training.json、README.md）"),
+}  # fmt: skip
+
+
 def in_words(seen: dict[str, Any], n: int) -> str:
     """Why `provenance.seen_in_training` says what it says, of `n` items; no verdict word, one sentence."""
     code, files = seen["code"], seen.get("files", [])
@@ -52,12 +64,16 @@ def in_words(seen: dict[str, Any], n: int) -> str:
     if code == "items":
         return _items_found(max(files, key=lambda file: file.get("exact", 0) + file.get("near", 0)), n)
     if code == "none":
-        return _none_found(files, n)
+        beneath = seen.get("base", "apart")  # summaries of before did not ask
+        more = say("; what the base model was trained on before is not compared", "；未比较基座模型此前的训练数据")
+        return _none_found(files, n) + (more if beneath != "apart" else "")
     if code == "gone":
         return say("other data than the model's training file, which is not there (or changed) to compare item by item",
                    "与模型的训练文件不同，但该文件已不在（或已改变），无法逐条比较")  # fmt: skip
     if code == "endpoint":
         return say("a model behind an address does not say what it was trained on", "通过网络地址访问的模型没有说明它用什么数据训练过")
+    if code in _BY_MAKER:
+        return say(*_BY_MAKER[code])
     return say("the model's folder does not say what it was trained on", "模型目录没有说明它用什么数据训练过")
 
 

@@ -148,7 +148,7 @@ def _write_combination(
     counts = mode_counts(lines, protocol["mode"], protocol.get("fallback", ""))
     summary = {
         **summarise([line | {"tokens": line["tokens"] or 0} for line in lines]), **counts, **shown_positions(lines),
-        "protocol": protocol, "data": {"file": str(part.source.resolve()), **facts}, **told, "versions": versions(),
+        "protocol": protocol, "data": {"file": str(part.source.resolve()), "in_file": part.in_file, **facts}, **told, "versions": versions(),
     }  # fmt: skip
     write_json(folder / PROTOCOL, {"protocol": protocol, "model": identity, "data": facts})
     write_atomic(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))

@@ -82,6 +82,10 @@ class Tokenizer:
         """Ids to text without control tokens."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
+    def decode_on(self, ids: list[int]) -> str:
+        """Ids to what they add to a text: `decode` of some tokenizers drops the space that a text begins with."""
+        return self.decode([*self.encode("a"), *ids])[1:]
+
     def bytes_of(self, token: int) -> bytes:
         """A token's part of a text in UTF-8, also where it is half of a character; of a control token, its name."""
         piece = self.backend.id_to_token(token)

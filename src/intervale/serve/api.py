@@ -52,7 +52,7 @@ class _Answering:
     def saw(self, piece: Delta) -> None:
         if piece.tokens and self.first is None:
             self.first = time.perf_counter() - self.began
-        self.last = piece if piece.prompt_tokens else self.last
+        self.last = piece if piece.tokens or piece.prompt_tokens else self.last
 
 
 def add_api(app: FastAPI, desk: Desk, limits: Limits, media: MediaLimits, metrics: Metrics) -> None:

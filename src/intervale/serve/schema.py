@@ -246,6 +246,8 @@ def _check_order(body: ChatBody) -> None:
             ends, "the answer to go on with"
         )
         raise bad("invalid_messages", f"the conversation must end with {whose}", "messages")
+    if body.continue_final_message and talk[-2] != "user":
+        raise bad("invalid_messages", "the answer to go on with must follow the user's message", "messages")
     letters = sum(len(part.text) for message in body.messages for part in message.content if part.type == "text")
     if letters > MOST_LETTERS:
         raise bad("context_length_exceeded", f"the texts have {letters:,} characters; the limit is {MOST_LETTERS:,}", "messages")

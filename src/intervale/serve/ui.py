@@ -79,7 +79,7 @@ def mount_page(app: FastAPI, facts: Facts) -> FastAPI:
 
 
 def _add_routes(app: FastAPI, page: Page) -> None:
-    @app.get("/shelf/{number}")
+    @app.get("/shelf/{number:int}")
     def shelf(number: int) -> Response:
         if not 0 <= number < len(page.shelf):
             raise ApiError(404, "not_found", "there is nothing at this address")
@@ -254,6 +254,13 @@ theme.addEventListener("click", () => {
   history.replaceState(null, "", location.pathname);
   document.documentElement.style.background = dark ? "#0f1115" : "";
 });
+// On a phone the shelf is below the box: who asks from there would not see the answer.
+const see = (event) => {
+  const sent = event.type === "click" ? ".submit-button" : event.key === "Enter" && !event.shiftKey && !event.isComposing && "#iv-box, #iv-box2";
+  if (sent && innerWidth <= 720 && event.target.closest(sent)) document.querySelector("#iv-main").scrollIntoView();
+};
+document.addEventListener("click", see);
+document.addEventListener("keydown", see);
 """
 _ABOUT_JS = """
 element.addEventListener("click", async (event) => {

@@ -1,6 +1,7 @@
 """Two answers side by side, and what differs between them marked.
 
-Promises: what models say is text, never markup of the page. Cost: the marks are made once, when both have ended.
+Promises: what models say is text, never markup of the page. Cost: the marks are made once, when both have ended; where one was
+stopped, what it had not said yet is no difference.
 """
 
 from __future__ import annotations
@@ -36,9 +37,8 @@ def panels(names: Sequence[str], sides: Sequence[Side] | None, language: str, st
     if sides is None:
         hint = pick(language, "The answer appears here.", "回答会显示在这里。")
         return _frame([_panel(name, f'<span class="iv-dim">{hint}</span>', "") for name in names])
-    over = stopped or all(side.over for side in sides)
     texts = [escape(side.text) for side in sides]
-    if over and len(sides) == 2 and all(side.text for side in sides):
+    if all(side.over for side in sides) and len(sides) == 2 and all(side.text for side in sides):
         texts = list(marked(sides[0].text, sides[1].text))
     cards = []
     for name, side, text in zip(names, sides, texts, strict=True):

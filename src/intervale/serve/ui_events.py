@@ -35,6 +35,7 @@ from intervale.serve.ui_talk import (
     answers,
     checked_settings,
     numbers,
+    refuse_long,
     request_of,
     shown,
     strip_of,
@@ -62,7 +63,7 @@ def messages(talk: Talk) -> list[dict[str, Any]]:
         if one.end == "error":
             text = (text + "\n\n" if text else "") + "⚠️ " + shown(one.note)
         elif one.end == "stopped":
-            text += (" " if text else "") + "⏹"
+            text += (" " if text else "") + "■"
         elif not one.end:
             text += _CARET
         out.append({"role": "assistant", "content": text})
@@ -116,6 +117,7 @@ class Page:
             yield gr.skip(), gr.skip(), box_of(False), pick(tongue, "Type a question first.", "请先输入问题。")
             return
         try:
+            refuse_long((*talk, Exchange(text)))
             strip = await asyncio.to_thread(strip_of, files, self.folder, self.serving)
         except Exception as error:
             fault = told(error)
@@ -143,6 +145,11 @@ class Page:
             yield talk, messages(talk), box_of(False), ""
             return
         changed = Exchange(text, talk[at].pictures, talk[at].shown)
+        try:
+            refuse_long((*talk[:at], changed))
+        except ApiError as fault:
+            yield talk, messages(talk), box_of(False), trouble(language(request), fault)
+            return
         async with contextlib.aclosing(self._answered(request, (*talk[:at], changed), chosen, box_of(True))) as growing:
             async for values in growing:
                 yield values
@@ -206,6 +213,7 @@ class Page:
                 return
             settings = checked_settings(self.serving.limits, *chosen)
             settings = dataclasses.replace(settings, seed=secrets.randbelow(2**31) if settings.seed is None else settings.seed)
+            refuse_long((Exchange(text),), settings)
             strip = await asyncio.to_thread(strip_of, files, self.folder, self.serving)
             talk, visitor = (Exchange(text, files, strip),), f"page:{request.session_hash}"
             both = [dataclasses.replace(settings, model=name) for name in names]

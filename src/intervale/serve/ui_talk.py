@@ -26,6 +26,7 @@ from intervale.serve.errors import ApiError, as_api_error, bad
 from intervale.serve.limits import Limits
 from intervale.serve.media import checked_photo
 from intervale.serve.metrics import Metrics
+from intervale.serve.schema import MOST_LETTERS, MOST_MESSAGES
 from intervale.serve.ui_words import pick
 
 log = logging.getLogger("intervale.serve.page")
@@ -102,6 +103,16 @@ def checked_settings(
     return Settings(str(model or ""), heat, share, length, cut, number, str(system or "").strip())
 
 
+def refuse_long(talk: Talk, chosen: Settings = Settings()) -> None:
+    """Raise an ApiError when a conversation, its failed questions too, is longer than the API takes: its length is everybody's time."""
+    if len(talk) > MOST_MESSAGES // 2:
+        what = f"the conversation has {len(talk)} questions; the limit is {MOST_MESSAGES // 2}; begin a new one"
+        raise bad("context_length_exceeded", what)
+    letters = len(chosen.system) + sum(len(one.text) + len(one.answer) for one in talk)
+    if letters > MOST_LETTERS:
+        raise bad("context_length_exceeded", f"the texts have {letters:,} characters; the limit is {MOST_LETTERS:,}")
+
+
 def read_photos(files: Sequence[str], folder: Path, serving: Serving, tiles: int | None) -> list[Photo]:
     """The pictures behind files of the page's folder. Raises: ApiError for what is not there, not ours or not a picture."""
     if len(files) > serving.media.pictures:
@@ -154,6 +165,7 @@ def strip_of(files: Sequence[str], folder: Path, serving: Serving) -> tuple[str,
 
 async def request_of(talk: Talk, chosen: Settings, visitor: str, folder: Path, serving: Serving) -> Request:
     """The engine's request for the last question of `talk`. Exchanges that failed without a word are left out. Raises: ApiError."""
+    refuse_long(talk, chosen)
     kept = [one for one in talk[:-1] if one.answer] + [talk[-1]]
     files = [name for one in kept for name in one.pictures]
     photos = iter(await asyncio.to_thread(read_photos, files, folder, serving, chosen.tiles))

@@ -6,6 +6,7 @@ Nothing is written until the data, the recipe and the model have been found to f
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -309,6 +310,11 @@ def pick_device() -> str:
     return str(as_device(None))
 
 
+def _word(text: str | Path | None) -> str:
+    """A word of a command as a shell reads it."""
+    return shlex.quote(str(text))
+
+
 def last_words(job: Job) -> list[str]:
     """What a finished run says: where it lies, whether it was better before its end, and how to score it against its base."""
     lines = [say(f"done: {job.folder} (loss.png shows the curve)", f"完成：{job.folder}（曲线见 loss.png）")]
@@ -323,6 +329,8 @@ def last_words(job: Job) -> list[str]:
         )
     if job.held and any(record.choices for record in job.held):
         tiles = f" --max-tiles {job.side.tiling.max_tiles}" if job.recipe.data.max_tiles else ""
-        for model, name in ((job.recipe.model, "before"), (job.folder, "after")):
-            lines.append(f"  intervale evaluate {model} {job.recipe.data.eval} --out {job.folder.parent / name} --mode likelihood{tiles}")
+        before, after = (Path(f"{job.folder}-{name}") for name in ("before", "after"))  # another run's stay what they are
+        for model, out in ((job.recipe.model, before), (job.folder, after)):
+            lines.append(f"  intervale evaluate {_word(model)} {_word(job.recipe.data.eval)} --out {_word(out)} --mode likelihood{tiles}")
+        lines.append(f"  intervale compare {_word(before)} {_word(after)}")
     return lines

@@ -29,10 +29,10 @@ from intervale.train.job import Job, write_run
 from intervale.train.memory import after_first_step, in_words, lower
 from intervale.train.moving import moved
 from intervale.train.nonfinite import keep_step
-from intervale.train.parallel import World, sum_values, wait
+from intervale.train.parallel import World, most_of, sum_values, wait
 from intervale.train.plot import draw_losses
 from intervale.train.prepare import draws_masks, set_modes, used_memory
-from intervale.train.resume import already_skipped, list_skipped
+from intervale.train.resume import SKIPPED, already_skipped, list_skipped
 from intervale.train.running import Loop
 from intervale.train.schedule import learning_rate
 from intervale.train.state import Progress, save_checkpoint
@@ -64,7 +64,9 @@ def _list_bad(loop: Loop, bad: list[tuple[str, UserError]]) -> None:
             list_skipped(job.folder, name, error.what)
         if len(loop.skipped) > max(1, _BAD_SHARE * len(job.train)):
             raise UserError(
-                f"{len(loop.skipped)} items cannot be read; the last: {error.what}", "run `intervale check` on the data"
+                f"{len(loop.skipped)} of {len(job.train)} items cannot be read, more than the {_BAD_SHARE:.0%} that data.on_bad_sample: skip "
+                f"leaves out; the last: {error.what}",
+                f"they are listed in {job.folder / SKIPPED}; correct or remove them (`intervale check` finds all)",
             ) from error
 
 
@@ -160,9 +162,12 @@ class _Report:
 
 
 def _asked_to_stop(loop: Loop) -> bool:
-    if loop.world.size > 1:  # all processes stop at the same step, whichever got the signal
-        loop.stop = int(sum_values(loop.world, [float(loop.stop or 0)])[0]) or None
-    return loop.stop is not None
+    if loop.world.size == 1:
+        return loop.stop is not None
+    agreed = most_of(loop.world, loop.stop or 0)  # all processes stop at the same step, whichever got the signal
+    if agreed:
+        loop.stop = agreed
+    return bool(agreed)  # a signal that came while they agreed counts at the next step
 
 
 def _gradients(loop: Loop, batches: list[Batch], targets: int) -> Sums | None:

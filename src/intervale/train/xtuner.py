@@ -79,6 +79,10 @@ def _model(walk: Walk, out: Imported) -> None:
     targets = []
     if llm_lora:
         targets += _lora(walk, out, "llm_lora", _llm_targets)
+        small = walk.get("model", "quantization_llm")  # without LoRA it has no counterpart, and is told as such
+        if small is not None and small.value is True:
+            out.put("lora.quantize", "nf4", small)
+            out.differs("quantize", small)
     if vision_lora:
         before = {key: value for key, value in out.values.items() if key.startswith("lora.")}
         targets += _lora(walk, out, "visual_encoder_lora", _vision_targets)

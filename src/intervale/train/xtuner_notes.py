@@ -8,6 +8,11 @@ from __future__ import annotations
 from intervale.core.lang import say
 
 DIFFERENT: dict[str, tuple[str, str]] = {
+    "quantize": (
+        "4-bit base: bitsandbytes' NF4 in both, with float16 arithmetic there and the recipe's precision here; "
+        "with memory to spare, lora.quantize: none trains on the base as it is",
+        "4 位基座：两者都用 bitsandbytes 的 NF4，XTuner 以 float16 计算，这里按配方的精度；显存足够时，lora.quantize: none 在原精度的基座上训练",
+    ),
     "head": (
         "target_modules None: XTuner's LoRA also reaches the output layer (InternLM2 calls it `output`); so does the recipe (targets: llm+head)",
         "target_modules 为 None：XTuner 的 LoRA 也作用于输出层（InternLM2 称之为 `output`）；配方与之相同（targets: llm+head）",
@@ -73,12 +78,12 @@ NO_EFFECT: dict[str, object] = {
 }
 _REASONS: dict[str, tuple[str, str]] = {
     "model.quantization_llm": (
-        "4-bit base weights: the recipe's base is 16 bit, which takes more memory",
-        "4 位基座权重：配方使用 16 位基座，占用更多显存",
+        "4-bit base weights: a recipe has them under LoRA alone (lora.quantize)",
+        "4 位基座权重：配方只在 LoRA 下使用（lora.quantize）",
     ),
     "model.quantization_vit": (
-        "4-bit base weights: the recipe's base is 16 bit, which takes more memory",
-        "4 位基座权重：配方使用 16 位基座，占用更多显存",
+        "4-bit tower: the recipe's has 16 bits, which takes more memory",
+        "4 位视觉塔：配方使用 16 位，占用更多显存",
     ),
     "model.pretrained_pth": (
         "start from it: `intervale import-checkpoint`, then `export`, and name the exported folder as `model`",
@@ -105,12 +110,18 @@ _REASONS: dict[str, tuple[str, str]] = {
     "optim_wrapper.loss_scale": ("bfloat16 needs no loss scaling", "bfloat16 无需损失缩放"),
     "optim_wrapper.optimizer": ("AdamW's own default is used", "使用 AdamW 的默认值"),
     "default_hooks": ("every step is a line of metrics.jsonl and a point of loss.png", "每一步都写入 metrics.jsonl 并画在 loss.png 上"),
-    "env_cfg": ("processes are started by torchrun (parallel.strategy)", "多进程由 torchrun 启动（parallel.strategy）"),
+    "env_cfg": (
+        "several processes: parallel.strategy and parallel.processes, or torchrun",
+        "多进程：parallel.strategy 和 parallel.processes，或由 torchrun 启动",
+    ),
     "visualizer": ("loss.png and metrics.jsonl", "loss.png 与 metrics.jsonl"),
     "log_level": ("progress goes to stderr", "进度输出到 stderr"),
     "log_processor": ("every step is logged", "每一步都有记录"),
     "randomness": ("order, fresh LoRA matrices and dropout follow from train.seed", "数据顺序、LoRA 初值和 dropout 由 train.seed 决定"),
-    "launcher": ("processes are started by torchrun (parallel.strategy)", "多进程由 torchrun 启动（parallel.strategy）"),
+    "launcher": (
+        "several processes: parallel.strategy and parallel.processes, or torchrun",
+        "多进程：parallel.strategy 和 parallel.processes，或由 torchrun 启动",
+    ),
     "work_dir": ("`out` (or --out) names the run's folder", "训练文件夹由 `out`（或 --out）指定"),
 }
 
