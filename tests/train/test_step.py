@@ -53,7 +53,9 @@ class Remembered(dict[str, torch.Tensor]):
 def remembered(network: InternVLForConditionalGeneration, items: list[Item]) -> Remembered:
     tiles = {picture.key: picture.tiles_PHWC for item in items for picture in item.pictures}
     with torch.no_grad():
-        return Remembered({key: tower_features(network, normalise(torch.from_numpy(own), torch.float32)) for key, own in tiles.items()})
+        return Remembered(
+            {key: tower_features(network, normalise(torch.from_numpy(own.copy()), torch.float32)) for key, own in tiles.items()}
+        )
 
 
 def gradients(
@@ -117,7 +119,7 @@ def test_the_loss_is_transformers_own_on_one_item(tiny: Path, items: list[Item])
     sums = held_out(packed(network), [collate([item], TOKEN)], Compute(torch.float32, torch.device("cpu"), TOKEN))
     network.model.language_model.set_attn_implementation("sdpa")
     labels = torch.where(torch.from_numpy(item.trained_S), torch.from_numpy(item.ids_S), -100)[None]
-    pixels = normalise(torch.from_numpy(item.pictures[0].tiles_PHWC), torch.float32)
+    pixels = normalise(torch.from_numpy(item.pictures[0].tiles_PHWC.copy()), torch.float32)
     wanted = network(input_ids=torch.from_numpy(item.ids_S)[None], pixel_values=pixels, labels=labels).loss
     assert sums.loss / sums.targets == pytest.approx(float(wanted), rel=1e-6)
     assert sums.targets == int(item.trained_S.sum())
