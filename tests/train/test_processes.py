@@ -75,3 +75,22 @@ def _runs(process: int) -> bool:
     except ProcessLookupError:
         return False
     return "Z" not in Path(f"/proc/{process}/stat").read_text().split(")")[-1].split()[0]
+
+
+def test_one_of_several_ends_after_its_exit_handlers_and_before_the_interpreter_is_taken_apart() -> None:
+    code = (
+        "import atexit, sys\nfrom intervale.cli.main import main\n"
+        "class Torn:\n    def __del__(self): print('torn')\n"
+        "kept = Torn()\natexit.register(print, 'handled')\nsys.argv = ['intervale', *sys.argv[1:]]\nmain()"
+    )
+
+    def ended(*words: str, **environment: str) -> tuple[int, bool, bool]:
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], env=os.environ | environment, capture_output=True, text=True, check=False
+        )
+        return done.returncode, "handled" in done.stdout, "torn" in done.stdout
+
+    assert ended("--version") == (0, True, True)
+    assert ended("--version", WORLD_SIZE="2") == (0, True, False)
+    assert ended("info", "/nowhere", WORLD_SIZE="2") == (1, True, False)
+    assert ended("--no-such-option", WORLD_SIZE="2") == (2, True, False)

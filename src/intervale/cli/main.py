@@ -31,6 +31,7 @@ from intervale.cli.serve import serve
 from intervale.cli.train import train
 from intervale.core.errors import UserError
 from intervale.core.lang import say, set_language
+from intervale.train.launch import leave_at_once, started_outside
 
 app = typer.Typer(
     name="intervale",
@@ -63,6 +64,16 @@ def _options(
 
 
 def main() -> None:
+    """Run one command and end with its exit code."""
+    try:
+        _run()
+    except SystemExit as end:
+        if not started_outside():
+            raise
+        leave_at_once(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
+
+
+def _run() -> None:
     """Run one command; a UserError becomes two lines on stderr and its exit code, never a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show Chinese shows its code points

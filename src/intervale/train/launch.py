@@ -6,6 +6,7 @@ it last said is shown; nothing outlives this process. Under torchrun or accelera
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from intervale.core.lang import say
 
@@ -128,6 +130,16 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], failed: int, files: Seque
         note = say(f"process {failed} of {len(processes)} {ended}", f"{len(processes)} 个进程中的第 {failed} 个{ended}")
         print("\n".join([note + (say(":", "：") if lines else ""), *lines]), file=sys.stderr)
     return code if code > 0 else 128 - code
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End a process that is one of several once its exit handlers have run, without taking the interpreter apart: a thread of
+    torch.distributed that still wants Python then aborts the process (seen once in many runs: code 134 after a run that was done)."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def end_with_parent() -> None:
