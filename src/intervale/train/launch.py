@@ -133,8 +133,11 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], failed: int, files: Seque
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """End a process that is one of several once its exit handlers have run, without taking the interpreter apart: a thread of
-    torch.distributed that still wants Python then aborts the process (seen once in many runs: code 134 after a run that was done)."""
+    """End a process that is one of several once its exit handlers have run, without taking the interpreter apart.
+
+    Seen once: signal 6 ("terminate called without an active exception") after all work was done. That a thread of torch.distributed
+    wanted Python while it was taken apart is inferred; it could not be made to happen again.
+    """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
