@@ -1,7 +1,7 @@
 """How much faster does `intervale train` make the same steps than a plain transformers + PEFT loop, in how much memory?
 
 python bench/train.py [--preset internvl2-2b] [--device cuda] [--tiles 13] [--k 1] [--steps 12] [--warmup 4] [--rounds 1]
-                      [--ablate] [--stock-both] [--set KEY=VALUE ...] [--curve N] [--work DIR] [--out FILE]
+                      [--ablate] [--stock-both] [--set KEY=VALUE ...] [--curve N [--exact]] [--work DIR] [--out FILE]
 
 Both sides make the same optimizer steps: same random base, same items in the same order, LoRA 128 on the language model and a projector
 that learns, batch 4 x accumulation 2. Every variant runs in a process of its own, so peaks of memory are its own. See bench/README.md.
@@ -54,6 +54,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--shared-only", action="store_true", help="with --k 4: leave the run without sharing out")
     parser.add_argument("--stock-both", action="store_true", help="also stock without gradient checkpointing")
     parser.add_argument("--curve", type=int, metavar="N", help="compare the losses of N steps instead, without dropout")
+    parser.add_argument("--exact", action="store_true", help="with --curve: also stock in float32, recomputing; whose losses are nearer?")
     parser.add_argument("--learning-rate", type=float, default=3e-5)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--rank", type=int, default=128)
@@ -283,52 +284,54 @@ def compare_speed(bench: Bench) -> dict[str, Any]:
 
 
 def compare_curves(bench: Bench) -> dict[str, Any]:
-    """The losses of ours and of stock step by step, and how far stock is from itself when its micro-batches are cut otherwise."""
+    """The losses of ours and of stock step by step, and two measures of bfloat16's noise: stock with its micro-batches cut otherwise (the
+    same rounding in another order), and with --exact how far stock is from itself in float32 (what rounding changes in the learning)."""
     print(HEAD, flush=True)
     mine = bench.ours("ours", {})
     if mine.get("order") is None:
         raise SystemExit("the curves cannot be compared: ours failed, or took its items in an order this script does not know")
     bench.order = mine["order"]
-    its = bench.run("stock", bench.stock_spec("stock", False))
-    again = bench.run("stock, 2 x 4", bench.stock_spec("stock-2x4", False, batch_size=2))
-    if "losses" not in its:
+    rows = {"ours": mine, "stock": bench.run("stock", bench.stock_spec("stock", False))}
+    if "losses" not in rows["stock"]:
         raise SystemExit("the curves cannot be compared: stock failed")
-    pairs = {"ours": (mine, its)}
-    drawn = {"ours": mine, "stock": its}
-    if "losses" in again:
-        pairs["noise floor: stock cut 2 x 4"] = (again, its)
-        drawn["stock_2x4"] = again
-    summary: dict[str, Any] = {"curves": {name: row["losses"] for name, row in drawn.items()}}
-    for name, (one, other) in pairs.items():
-        apart = [abs(a - b) for a, b in zip(one["losses"], other["losses"], strict=True)]
-        norms = abs(one["first_gradient_norm"] / other["first_gradient_norm"] - 1)
-        found = {"max": max(apart), "mean": statistics.mean(apart), "first": apart[0], "first_gradient_norm_relative": norms}
-        summary[f"{name} against stock"] = found
-        print(f"{name} against stock: max |d| {found['max']:.2e}, mean {found['mean']:.2e}, first step {apart[0]:.2e}", end="; ")
-        print(f"first gradient norm {norms:.2e} apart (relative)")
+    if bench.given.exact:
+        rows["float32"] = bench.run("stock, float32", bench.stock_spec("stock-float32", True) | {"precision": "fp32"})
+    rows["stock_2x4"] = bench.run("stock, 2 x 4", bench.stock_spec("stock-2x4", False, batch_size=2))
+    rows = {name: row for name, row in rows.items() if "losses" in row}
+    summary: dict[str, Any] = {"curves": {name: row["losses"] for name, row in rows.items()}}
+    for reference in ("stock", "float32"):
+        for name in rows if reference in rows else ():
+            if name != reference and (name, reference) != ("float32", "stock"):
+                summary[f"{name} against {reference}"] = apart(name, rows[name], reference, rows[reference])
     if bench.given.out:
         draw_curves(bench.given.out.with_suffix(".png"), summary["curves"])
     return summary
 
 
+def apart(name: str, one: dict[str, Any], reference: str, other: dict[str, Any]) -> dict[str, float]:
+    """How far a variant's losses are from another's; `mean_signed` tells a lag from noise."""
+    differences = [a - b for a, b in zip(one["losses"], other["losses"], strict=True)]
+    sizes = [abs(difference) for difference in differences]
+    norms = abs(one["first_gradient_norm"] / other["first_gradient_norm"] - 1)
+    found = {"max": max(sizes), "mean": statistics.mean(sizes), "mean_signed": statistics.mean(differences), "first": sizes[0]}
+    print(f"{name} against {reference}: max |d| {found['max']:.2e}, mean |d| {found['mean']:.2e}, ", end="")
+    print(f"mean d {found['mean_signed']:+.2e}, first step {sizes[0]:.2e}; first gradient norm {norms:.2e} apart (relative)")
+    return found | {"first_gradient_norm_relative": norms}
+
+
 def draw_curves(path: Path, curves: dict[str, list[float]]) -> None:
-    """Losses above, differences from stock below."""
+    """Losses above; below, differences from stock in float32, or from stock."""
     from matplotlib.figure import Figure
 
+    reference = "float32" if "float32" in curves else "stock"
     figure = Figure(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    for name, losses in curves.items():
-        above.plot(
-            range(1, len(losses) + 1),
-            losses,
-            label=name,
-            linewidth=1,
-            linestyle="--" if name == "ours" else "-",
-            zorder=3 if name == "ours" else 2,
-        )
-        if name != "stock":
-            apart = [max(abs(a - b), 1e-9) for a, b in zip(losses, curves["stock"], strict=True)]
-            below.plot(range(1, len(losses) + 1), apart, label=f"|{name} - stock|", linewidth=1)
+    for number, (name, losses) in enumerate(curves.items()):
+        steps, style = range(1, len(losses) + 1), {"color": f"C{number}", "linewidth": 1, "linestyle": "--" if name == "ours" else "-"}
+        above.plot(steps, losses, label=name, zorder=3 if name == "ours" else 2, **style)
+        if name != reference:
+            sizes = [max(abs(a - b), 1e-9) for a, b in zip(losses, curves[reference], strict=True)]
+            below.plot(steps, sizes, label=f"|{name} - {reference}|", **style)
     above.set_ylabel("loss of a step")
     below.set(xlabel="optimizer step", ylabel="difference", yscale="log")
     above.legend()
