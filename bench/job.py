@@ -41,7 +41,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--lean", action="store_true", help="as little memory as possible")
     parser.add_argument("--preset", default="internvl2-2b")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="data.workers")
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="data.workers")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a recipe key")
     parser.add_argument("--budget", type=float, default=570, help="seconds after which the training is ended, counted from the start")
     parser.add_argument("--no-export", action="store_true")
@@ -195,7 +195,8 @@ def main() -> None:
         print(f"{stage:20} {value:8.1f}")
         for name, part in result["training_seconds"].items() if stage == "train" else ():
             print(f"  {name:18} {part:8.1f}")
-    print(f"{'in all':20} {sum(result['seconds'].values()):8.1f}")
+    whole = sum(result["seconds"].values())
+    print(f"{'in all':20} {whole:8.1f}\n{'without prepare':20} {whole - result['seconds']['prepare']:8.1f}")
     numbers = result["training"]
     print(
         f"{numbers['steps']} steps, {numbers['samples']} samples; first epoch {numbers['first_epoch_s']} s, last {numbers['last_epoch_s']} s; ",

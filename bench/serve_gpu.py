@@ -143,13 +143,12 @@ class Bench:
         return {"gateway": gateway, "engine": engine}, process
 
     def loads(self, servers: dict[str, Server], prefix: str, rounds: int) -> None:
-        """32 clients with 13-tile and 1-tile pictures."""
+        """32 clients with 13-tile and 1-tile pictures: so many requests to each server, in each round."""
         from serve import compare
 
-        kinds = {"13 tiles": ((1280, 960), 64), "1 tile": ((448, 448), 128)}
+        kinds = {"13 tiles": ((1280, 960), self.asked.requests // 2), "1 tile": ((448, 448), self.asked.requests)}
         for name, (size, count) in kinds.items():
-            count = min(count, self.asked.requests)
-            urls = urls_of(min(count, 64), size, self.photos)
+            urls = urls_of(min(count, 96), size, self.photos)
             contents = [parts(f"{number}. {_LONG}", urls[number % len(urls)]) for number in range(count)]
             table = compare(servers, contents, min(32, count), self.asked.new, rounds)
             self.note(**{f"{prefix}32 clients, {name}": table | {"letters_a_picture": len(urls[0])}})
@@ -209,7 +208,8 @@ class Bench:
         sharpened = time.monotonic()
         threads = str(max(1, (os.cpu_count() or 2) // 2))
         both = []
-        for form in ("official", "hf"):
+        forms = ("official", "hf") if "hf" in self.asked.stages else ("official",)
+        for form in forms:
             command = [sys.executable, "-m", "intervale", "export", str(base), str(self.work / form), "--format", form]
             both.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}))
         failed = [one.args for one in both if one.wait(max(5.0, min(150.0, self.left())))]
@@ -249,7 +249,7 @@ class Bench:
         """The load on LMDeploy with its own defaults."""
         from intervale.engine.launch import free_port
 
-        port, folder = free_port(), self.work / "official"
+        port, folder, prompt = free_port(), self.work / "official", self.prompt()
         words = [
             "serve",
             "api_server",
@@ -259,7 +259,7 @@ class Bench:
             "--server-port",
             port,
             "--chat-template",
-            self.work / "prompt.json",
+            prompt,
         ]
         environment = {
             name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -360,10 +360,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=470)
     parser.add_argument("--stages", default=",".join(STAGES))
     asked = parser.parse_args()
+    asked.stages = asked.stages.split(",")
     for folder in (asked.work, asked.out):
         folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(asked)
-    for stage in asked.stages.split(","):
+    for stage in asked.stages:
         began = time.monotonic()
         if bench.left() < 20:
             bench.note(**{f"{stage} left out": "no time was left"})

@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from intervale.core.errors import UserError
+from intervale.core.machine import free_ram
 from intervale.core.records import IMAGE, Record
 from intervale.data.images import load_picture, picture_size
 
-MAX_THREADS = 4  # a decoded picture may take 360 MB for a moment (40 megapixels as read, turned, and RGB)
+MAX_THREADS = 8
+_A_PICTURE = 360_000_000  # bytes that a picture may take for a moment: 40 megapixels as read, turned, and RGB
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def _look(path: Path) -> Look:
 def look_at(paths: Iterable[Path]) -> dict[Path, Look]:
     """Decode every distinct picture once. Never raises for a picture: its Look tells the fault."""
     distinct = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(min(MAX_THREADS, max(2, os.cpu_count() or 2))) as pool:
+    threads = min(MAX_THREADS, max(2, os.cpu_count() or 2), max(1, free_ram() // (2 * _A_PICTURE)))
+    with ThreadPoolExecutor(threads) as pool:
         return dict(zip(distinct, pool.map(_look, distinct), strict=True))
 
 

@@ -1,12 +1,14 @@
 """From a training run (or a model) to one plain model folder, proven equal to what was trained.
 
 The steps: logits of the adapter model in float32; merge in float32, rounded once to the stored type; write; reload from disk;
-compare. A merge that changes nothing is refused. Peak memory: one float32 copy of the network and the changed tensors.
+compare. A merge that changes nothing is refused. Peak memory: one float32 copy of the network, on the GPU if there is one with room for it,
+and the changed tensors.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,12 +24,13 @@ from intervale.core.runlog import versions
 from intervale.model.adapt import TRAINED, adapted_network, base_folder, checkpoint_fingerprint, checkpoint_of, merge_into, trained_tiles
 from intervale.model.convert import convert
 from intervale.model.hf_files import PROVENANCE
-from intervale.model.load import narrow, network_from, text_side
+from intervale.model.load import as_device, narrow, network_from, text_side
 from intervale.model.source import NO_IMAGE_TOKEN, Source, fingerprint, open_source
 
 # Reloaded against in-memory float32 logits: the same numbers take the same path, so only summation order may differ.
 _TOLERANCE = 2e-5
 _PROBE_TOKENS, _PROBES = 24, 3
+_ACTIVATIONS = 2 << 30  # bytes beside the weights on a GPU: a probe's activations, a layer's merge, and what the libraries take
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,21 @@ def _probe(network: Any, source: Source) -> torch.Tensor:
             tokens = int((edge // config.vision_config.patch_size[0]) ** 2 * config.downsample_ratio**2)
             pixels = torch.randn(1, 3, edge, edge, generator=generator)
             ids = torch.cat([ids[:, :4], torch.full((1, tokens), token), ids[:, 4:]], 1)
-        with torch.inference_mode():
-            logits = network(input_ids=ids, pixel_values=pixels, use_cache=False).logits[0]
-        rows.append(logits.float() if pixels is None else torch.cat([logits[:4], logits[4 + tokens :]]).float())
+        place = network.device
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            logits = network(input_ids=ids.to(place), pixel_values=None if pixels is None else pixels.to(place), use_cache=False).logits[0]
+        rows.append((logits if pixels is None else torch.cat([logits[:4], logits[4 + tokens :]])).float().cpu())
     return torch.cat(rows)
+
+
+def _place_for(source: Source) -> torch.device:
+    """Where the logits are computed: the device a run would take, or the CPU where the network in float32 does not fit there."""
+    device = as_device(None)
+    if device.type == "cuda":
+        needed = 4 * sum(math.prod(shape) for shape in source.shapes.values()) + _ACTIVATIONS
+        if torch.cuda.mem_get_info(device)[0] < needed:
+            return torch.device("cpu")
+    return device
 
 
 def export(src: Path, dst: Path, to: str, *, dtype: torch.dtype | None, tell: Callable[[str], None]) -> Proof:
@@ -73,8 +87,9 @@ def export(src: Path, dst: Path, to: str, *, dtype: torch.dtype | None, tell: Ca
     checkpoint = checkpoint_of(src)
     base = base_folder(src)
     source = open_source(base)
-    tell(say(f"loading {base} in float32", f"以 float32 载入 {base}"))
-    network = network_from(source, dtype=torch.float32, device="cpu")
+    device = _place_for(source)
+    tell(say(f"loading {base} in float32 on {device}", f"以 float32 载入 {base}（{device}）"))
+    network = network_from(source, dtype=torch.float32, device=device)
     if checkpoint is not None:
         network = adapted_network(network, src)
     tuned = _probe(network, source)
@@ -92,7 +107,7 @@ def export(src: Path, dst: Path, to: str, *, dtype: torch.dtype | None, tell: Ca
 
     def verify(folder: Path) -> None:
         tell(say("reloading what was written and comparing logits", "重新载入并比较 logits"))
-        written = _probe(network_from(open_source(folder, source.config.image_token_id), dtype=torch.float32, device="cpu"), source)
+        written = _probe(network_from(open_source(folder, source.config.image_token_id), dtype=torch.float32, device=device), source)
         proofs.append(_compare(tuned, merged, written, len(changed)))
         (folder / PROVENANCE).write_text(
             json.dumps(_provenance(src, base, checkpoint, to, proofs[0]), ensure_ascii=False, indent=2) + "\n", encoding="utf-8"

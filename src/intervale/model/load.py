@@ -134,7 +134,8 @@ def network_from(source: Source, *, dtype: torch.dtype | str | None, device: str
     state: dict[str, torch.Tensor] = {}
     for name, tensor in source.natives():
         cast = wanted if tensor.is_floating_point() else None
-        state[name] = tensor.to(device=device, dtype=cast or tensor.dtype, copy=True)
+        moved = tensor.to(device)  # a GPU casts what it has faster than the CPU what it sends
+        state[name] = moved.to(cast or tensor.dtype, copy=moved is tensor)
     if source.tied:
         head = state.setdefault(layout.HEAD, state[layout.EMBEDDING])
         if head is not state[layout.EMBEDDING] and not torch.equal(head, state[layout.EMBEDDING]):

@@ -193,7 +193,7 @@ def _train(job: Job, world: World, state: str, accept_changes: bool, begun: floa
     if world.first:
         loop.trackers = Trackers(job.recipe.log, job.folder, job.identity(), progress.step, job.tell)
     try:
-        with _signals(loop):
+        with _signals(loop), loop.saver:
             run_steps(loop)
     finally:
         if loop.trackers is not None:

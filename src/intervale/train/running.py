@@ -16,6 +16,7 @@ from intervale.train.memory import Fit
 from intervale.train.optimizer import Optimizers
 from intervale.train.parallel import World
 from intervale.train.prepare import recompute_tower
+from intervale.train.saving import Saver
 from intervale.train.state import Progress
 from intervale.train.step import Compute
 from intervale.train.strategy import Strategy, spare_batch
@@ -44,6 +45,7 @@ class Loop:
     skipped: set[str] = field(default_factory=set)
     spare: Batch = field(default_factory=spare_batch)
     scores: Scores = field(default_factory=Scores)
+    saver: Saver = field(default_factory=Saver)
     trackers: Trackers | None = None  # of the first process
 
     def refit(self, fit: Fit) -> None:

@@ -134,7 +134,7 @@ class Fsdp:
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     gather = getattr(tensor.detach(), "full_tensor", None)
     whole: torch.Tensor = gather() if gather else tensor.detach()
-    return whole.cpu()
+    return whole.to("cpu", copy=True)  # what was not gathered is the parameter itself, and the next step changes it
 
 
 @contextlib.contextmanager

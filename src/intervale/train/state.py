@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from intervale.core.errors import UserError
 from intervale.core.files import need_space, read_object, staged_folder, write_json
+from intervale.core.machine import free_ram
 from intervale.model.adapt import ADAPTER, CHECKPOINTS, TRAINED, load_trained, save_trained, verify_checkpoint, write_manifest
 
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -42,10 +43,23 @@ class Progress:
 
 @dataclass(frozen=True)
 class Tensors:
-    """What a checkpoint holds, whole: everything that learns by name, and the moments of each."""
+    """What a checkpoint holds, whole: everything that learns by name, and the moments of each. `live`: the next step changes them."""
 
     weights: dict[str, torch.Tensor]
     moments: dict[str, dict[str, torch.Tensor]]
+    live: bool = False
+
+    def copied(self) -> Tensors:
+        """Copies in the CPU's memory, or these if it has no room for them (and as much again to spare)."""
+        everything = [*self.weights.values(), *(value for entries in self.moments.values() for value in entries.values())]
+        if free_ram() < 2 * sum(tensor.nbytes for tensor in everything):
+            return self
+        weights = {name: _copy(tensor) for name, tensor in self.weights.items()}
+        return Tensors(weights, {name: {key: _copy(value) for key, value in own.items()} for name, own in self.moments.items()})
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def trainable(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -295,6 +296,7 @@ def _after_step(loop: Loop, stopping: bool) -> bool:
     """Evaluate and save where it is time; is the run to stop? One that is stops with this step saved: its evaluation is made when it goes on."""
     recipe = loop.job.recipe.train
     best = False
+    loop.saver.check()
     if due(loop) and not stopping:
         score = _score(loop)
         best, stopping = bool(score), score is None
@@ -334,6 +336,7 @@ def _score(loop: Loop) -> bool | None:
 def _keep_best(loop: Loop) -> None:
     save(loop)
     if loop.world.first:
+        loop.saver.finish()  # run.json names it
         write_run(loop.job, "running", loop.scores.told())
 
 
@@ -353,8 +356,12 @@ def _end_early(loop: Loop) -> None:
 
 
 def save(loop: Loop) -> None:
-    """Write the checkpoint of the present step: every process gives its parts, the first writes."""
+    """Write the checkpoint of the present step: every process gives its parts, the first writes, while the steps go on if it has copies."""
     tensors = loop.strategy.tensors()
-    if loop.world.first:
-        job, keep = loop.job, loop.job.recipe.train.save_total_limit
-        save_checkpoint(job.folder, loop.network, loop.optimizer, loop.progress, job.identity(), keep, tensors, loop.scores.name)
+    if not loop.world.first:
+        return
+    job, keep = loop.job, loop.job.recipe.train.save_total_limit
+    given = (job.folder, loop.network, loop.optimizer, loop.progress, job.identity(), keep, tensors, loop.scores.name)
+    loop.saver.begin(partial(save_checkpoint, *given))
+    if tensors.live:
+        loop.saver.finish()

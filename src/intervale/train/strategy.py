@@ -84,9 +84,11 @@ class Plain:
         self.optimizer.step()
 
     def tensors(self) -> Tensors:
-        """As they are: nothing is copied."""
+        """Copies where the memory has room for them, so that they are written while the steps go on; else the parameters themselves."""
+        if not self.world.first:
+            return Tensors({}, {})
         named = trainable(self.network)
-        return Tensors(dict(named), moments_by_name(named, self.optimizer))
+        return Tensors(dict(named), moments_by_name(named, self.optimizer), live=True).copied()
 
     def restore_moments(self, stored: dict[str, dict[str, torch.Tensor]]) -> None:
         """Onto each parameter's device."""
