@@ -115,7 +115,7 @@ def training_stages(found: dict[str, Any]) -> dict[str, float]:
 
     start: imports and the measuring of the data; load: the network; ready to step 1: whatever happens before the first step that is not
     the step (loading ahead, encoding pictures); steps: all optimizer steps, as they tell their own seconds; between: waiting for data,
-    checkpoints on the way and plots; save: after the last step.
+    checkpoints on the way and plots; save: after the last step; end: the process's own end.
     """
     lines = [(at, line) for at, line in zip(found["line_times"], found["lines"], strict=False) if "loss" in line]
     told = found["told"]
@@ -130,6 +130,7 @@ def training_stages(found: dict[str, Any]) -> dict[str, float]:
         "steps": steps,
         "between": last[0] - first[0] - (steps - first[1]["seconds"]),
         "save": found["ended"] - last[0],
+        "end": found["started"] + found["process_s"] - found["ended"],
     }
 
 

@@ -106,8 +106,9 @@ def merge_into(network: torch.nn.Module, dtype_of: Callable[[str], torch.dtype])
                 total = total + layer.scaling[adapter] * (second @ first)
                 layer.lora_B[adapter].weight.zero_()
             native = f"{name}.weight"
-            changed[native] = total.to("cpu", dtype_of(native))
-            weight.copy_(changed[native])
+            rounded = total.to(dtype_of(native))
+            weight.copy_(rounded)
+            changed[native] = rounded.cpu()
     return changed
 
 
@@ -225,7 +226,8 @@ def adapted_network(
     if (checkpoint / ADAPTER).is_file():
         read_header(checkpoint / ADAPTER)
         with _quiet():
-            PeftModel.from_pretrained(network, str(checkpoint), is_trainable=trainable)
+            # low_cpu_mem_usage: no random matrices are drawn that the file's replace at once
+            PeftModel.from_pretrained(network, str(checkpoint), is_trainable=trainable, low_cpu_mem_usage=True)
     return network if trainable else network.requires_grad_(False).eval()
 
 

@@ -10,6 +10,23 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
+import torch
+
+
+def beside(device: torch.device, write: Callable[[], object]) -> Callable[[], object]:
+    """`write` as another thread may run it: on a GPU with a stream of its own, after what is queued now, and no step waits for it."""
+    if device.type != "cuda":
+        return write
+    queued = torch.cuda.Event()
+    queued.record(torch.cuda.current_stream(device))
+
+    def run() -> object:
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            torch.cuda.current_stream(device).wait_event(queued)
+            return write()
+
+    return run
+
 
 class Saver:
     """`with saver:` around the steps; `begin` where one is due."""

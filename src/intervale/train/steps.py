@@ -35,6 +35,7 @@ from intervale.train.plot import draw_losses
 from intervale.train.prepare import draws_masks, set_modes, used_memory
 from intervale.train.resume import SKIPPED, already_skipped, list_skipped
 from intervale.train.running import Loop
+from intervale.train.saving import beside
 from intervale.train.schedule import learning_rate
 from intervale.train.state import Progress, save_checkpoint
 from intervale.train.step import Sums, accumulate
@@ -362,6 +363,6 @@ def save(loop: Loop) -> None:
         return
     job, keep = loop.job, loop.job.recipe.train.save_total_limit
     given = (job.folder, loop.network, loop.optimizer, loop.progress, job.identity(), keep, tensors, loop.scores.name)
-    loop.saver.begin(partial(save_checkpoint, *given))
+    loop.saver.begin(beside(loop.world.device, partial(save_checkpoint, *given)))
     if tensors.live:
         loop.saver.finish()
