@@ -2,15 +2,18 @@
 
 What it adds, and why: the configuration classes of official folders, so that they load without remote code; it must be a FILE, because
 LMDeploy's engine processes are spawned and read it again as `__mp_main__`, which registers there too. Threads of the tiling: one in
-LMDeploy, which is what holds large pictures up. The end of the parent ends it. It imports nothing of intervale, which is not in that environment.
+LMDeploy, which is what holds large pictures up. Changes for speed, in the file beside it. The end of the parent ends it. It imports nothing of
+intervale, which is not in that environment.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, ClassVar
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -101,6 +104,16 @@ def more_tiling_threads(count: int) -> bool:
     return True
 
 
+def faster(backend: str) -> None:
+    """Make the changes of lmdeploy_patches.py, found by its path: Python may have been told to leave a script's folder out of sys.path."""
+    spec = importlib.util.spec_from_file_location("lmdeploy_patches", Path(__file__).with_name("lmdeploy_patches.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["lmdeploy_patches"] = importlib.util.module_from_spec(spec)  # there, or its dataclass has no module
+    spec.loader.exec_module(module)
+    module.apply(backend)
+
+
 def end_with_parent() -> None:
     """Leave when the pipe on stdin closes: whoever started this is gone, however it went."""
 
@@ -120,6 +133,7 @@ if __name__ == "__main__":
     end_with_parent()
     if not more_tiling_threads(int(os.environ.get("INTERVALE_TILING_THREADS", "2"))):
         print("intervale: this LMDeploy tiles pictures in another way; its tiling threads stay as they are", flush=True)
+    faster(dict(zip(sys.argv, sys.argv[1:], strict=False)).get("--backend", ""))  # only here: what is changed runs in this process
     if key := os.environ.pop("INTERVALE_ENGINE_KEY", ""):
         sys.argv += ["--api-keys", key]  # not on the command line that others on this machine can read
     from lmdeploy.cli import run
