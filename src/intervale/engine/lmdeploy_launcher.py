@@ -8,6 +8,7 @@ intervale, which is not in that environment.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -95,6 +96,7 @@ def more_tiling_threads(count: int) -> bool:
         return False
     made = encoder.__init__
 
+    @functools.wraps(made)  # its parameters stay readable
     def make(self: Any, *words: Any, **named: Any) -> None:
         made(self, *words, **named)
         if isinstance(getattr(self, "executor", None), ThreadPoolExecutor):

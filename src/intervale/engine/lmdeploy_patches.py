@@ -218,7 +218,7 @@ def pace() -> bool:
     """With many streams, each is read every 0.3 ms times their number, at most every 20 ms: an event then carries the tokens come meanwhile.
 
     Nothing is lost by it: TurboMind leaves the newest state to be taken (request.h), and the first token and lone clients are read at once. An event of
-    several tokens that ends in half a character is read token by token, or the text before it would be held back, and lost at the answer's end.
+    several tokens with parts of a character is read token by token: LMDeploy holds back the text before them as well, which is lost where the answer ends.
     """
     import lmdeploy.tokenizer as texts
     import lmdeploy.turbomind.turbomind as module
@@ -251,7 +251,8 @@ def pace() -> bool:
     def detokenize_incrementally(self: Any, all_input_ids: Any, state: Any, *words: Any, **named: Any) -> Any:
         start, kept = state.ids_offset, None if state.prev_tokens is None else len(state.prev_tokens)
         text, after = old(self, all_input_ids, state, *words, **named)
-        if text or len(all_input_ids) - start < 2:
+        new = len(all_input_ids) - start
+        if new < 2 or (text and "\ufffd" not in text and not any(token.startswith("<0x") for token in after.prev_tokens[-new:])):
             return text, after
         if kept is not None:
             del state.prev_tokens[kept:]  # it was made longer in place
@@ -300,12 +301,13 @@ def apply(backend: str) -> None:
             if name != "off":
                 print(f"intervale: INTERVALE_ENGINE_PATCHES: there is no {name!r}, there are {', '.join(known)} and off", flush=True)
         elif name in EVERYWHERE or backend == "turbomind":
+            why = ""
             try:
                 done = known[name]()
-            except Exception:  # whatever an LMDeploy built otherwise raises: it is served as it is
-                done = False
+            except Exception as error:  # whatever an LMDeploy built otherwise raises: it is served as it is
+                done, why = False, f" ({type(error).__name__}: {str(error)[:200]})"
             if done:
                 made.append(name)
             else:
-                print(f"intervale: this LMDeploy is built otherwise; served without the change {name!r}", flush=True)
+                print(f"intervale: this LMDeploy is built otherwise; served without the change {name!r}{why}", flush=True)
     print(f"intervale: changes to LMDeploy: {', '.join(made) or 'none'}", flush=True)
