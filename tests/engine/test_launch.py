@@ -150,7 +150,7 @@ def test_an_environment_without_the_engine_gets_the_commands_to_make_one(monkeyp
     assert find_python("pip", sys.executable) == sys.executable
 
 
-def test_the_launcher_registers_official_folders_raises_the_tiling_threads_and_ends_with_its_parent(tiny: Path, tmp_path: Path) -> None:
+def test_the_launcher_registers_official_folders_also_in_spawned_processes_and_ends_with_its_parent(tiny: Path, tmp_path: Path) -> None:
     package = tmp_path / "lmdeploy"
     for folder in ("", "cli", "vl"):
         (package / folder).mkdir(exist_ok=True)
@@ -159,24 +159,43 @@ def test_the_launcher_registers_official_folders_raises_the_tiling_threads_and_e
         "from concurrent.futures import ThreadPoolExecutor\nclass ImageEncoder:\n"
         "    def __init__(self, path):\n        self.path, self.executor = path, ThreadPoolExecutor(max_workers=1)\n"
     )
+    (package / "tokenizer.py").write_text(
+        "from dataclasses import dataclass\n@dataclass\nclass DetokenizeState:\n    ids_offset: int = 0\n    prev_tokens: list = None\n"
+        "class HuggingFaceTokenizer:\n    def detokenize_incrementally(self, all_input_ids, state):\n        return ''\n"
+    )
+    (package / "cli" / "utils.py").write_text("class ArgumentHelper:\n    def disable_metrics(parser): ...\n")
     (package / "cli" / "__init__.py").write_text(
-        "import os, sys, time\nfrom transformers import AutoConfig\nfrom lmdeploy.vl.engine import ImageEncoder\n"
+        "import multiprocessing, os, sys, time\nfrom transformers import AutoConfig\nfrom lmdeploy.vl.engine import ImageEncoder\n"
+        "def look(folder):\n"
+        "    c = AutoConfig.from_pretrained(folder)\n"
+        "    print(type(c).__name__, c.llm_config.hidden_size, c.vision_config.num_hidden_layers, c.max_dynamic_patch, flush=True)\n"
         "def run():\n"
-        "    c = AutoConfig.from_pretrained(sys.argv[3])\n"
-        "    print(type(c).__name__, c.llm_config.hidden_size, c.vision_config.num_hidden_layers, c.max_dynamic_patch,\n"
-        "          ImageEncoder('x').executor._max_workers, sys.argv[-2:], 'INTERVALE_ENGINE_KEY' in os.environ, flush=True)\n"
+        "    look(sys.argv[3])\n"
+        "    print(ImageEncoder('x').executor._max_workers, sys.argv[-3:], 'INTERVALE_ENGINE_KEY' in os.environ, flush=True)\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=look, args=[sys.argv[3]])\n"
+        "    process.start()\n"
+        "    process.join()\n"
         "    time.sleep(60)\n"
     )
     environment = os.environ | {
         "PYTHONPATH": str(tmp_path),
+        "PYTHONSAFEPATH": "1",  # a script's folder is not where modules come from
         "INTERVALE_ENGINE": "1",
         "INTERVALE_ENGINE_KEY": "k",
         "INTERVALE_TILING_THREADS": "3",
     }
-    command = [sys.executable, str(LAUNCHER), "serve", "api_server", str(tiny)]
+    command = [sys.executable, str(LAUNCHER), "serve", "api_server", str(tiny), "--backend", "turbomind"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     assert process.stdin is not None
-    assert process.stdout.readline().strip() == "Chat 64 2 4 3 ['--api-keys', 'k'] False"
+    said = [process.stdout.readline().strip() for _ in range(7)]
+    assert [line.split("'")[1] for line in said[:3]] == ["gate", "fingerprints", "pace"]  # this stand-in has nothing of TurboMind
+    assert all("built otherwise" in line for line in said[:3])
+    assert said[3:] == [
+        "intervale: changes to LMDeploy: detokenizer, metrics",
+        "Chat 64 2 4",
+        "3 ['--disable-metrics', '--api-keys', 'k'] False",
+        "Chat 64 2 4",
+    ]
     process.stdin.close()
     assert process.wait(10) == 0
