@@ -5,7 +5,8 @@ python bench/serve_gpu.py --engine-python PY --work FOLDER --out FOLDER [--photo
 `PY` is the Python of an environment with LMDeploy. The stages, each with a limit of its own, each writing OUT/serve_gpu.json when it is done:
   make     `intervale init`, weights made decisive (see `sharpen`), `intervale export` to official and to hf
   ours     `intervale serve --engine lmdeploy` on the official export: answers to the cases, then 32 clients and single ones, through
-           the gateway and directly at the LMDeploy behind it, in turn
+           the gateway and directly at the LMDeploy behind it, in turn; how often a tile was encoded, by TurboMind's log
+  plain    the same load, one round, with INTERVALE_ENGINE_PATCHES=off: what our changes to LMDeploy bring
   parity   LMDeploy's logits and its served tokens against the network in transformers, with a wrong picture as the control
   shipped  the same load on `lmdeploy serve api_server` with its own defaults
   hf       LMDeploy on the hf export
@@ -26,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from serve_gpu_engine import engine_of, tiles_encoded
 from stream_client import Server, ask, data_url, parts, pictures
 
 HERE = Path(__file__).parent
-STAGES = ("make", "ours", "parity", "shipped", "hf")
+STAGES = ("make", "ours", "plain", "parity", "shipped", "hf")
 _WORDS = "请描述这张照片里的菜品，并说出它的主要食材。"
 _LONG = "What is on the plate, and where is it from? " * 6
 _STARTED: list[subprocess.Popen] = []
@@ -121,12 +123,13 @@ class Bench:
         """A command to its end."""
         subprocess.run([python, *map(str, words)], check=True, timeout=max(5.0, min(limit, self.left())))
 
-    def serve(self, folder: Path, limit: float = 150) -> tuple[dict[str, Server], subprocess.Popen]:
-        """`intervale serve --engine lmdeploy`: the gateway, and the LMDeploy behind it."""
+    def serve(self, folder: Path, limit: float = 150, name: str = "", **more: str) -> tuple[dict[str, Server], subprocess.Popen]:
+        """`intervale serve --engine lmdeploy`: the gateway, and the LMDeploy behind it. `name` is the logs', `more` its environment."""
         words = ["serve", folder, "--engine", "lmdeploy", "--engine-python", self.asked.engine_python, "--no-page", "--port", "0"]
-        log = (self.out / f"gateway-{folder.name}.log").open("w")
+        log = (self.out / f"gateway-{name or folder.name}.log").open("w")
         command = [sys.executable, "-m", "intervale", *map(str, words)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=os.environ | {"INTERVALE_LANG": "en"})
+        environment = os.environ | {"INTERVALE_LANG": "en", "TM_LOG_LEVEL": "INFO"} | more
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
         _STARTED.append(process)
         began = time.monotonic()
         assert process.stdout is not None
@@ -137,9 +140,9 @@ class Bench:
             if process.poll() is not None or time.monotonic() - began > min(limit, self.left()):
                 raise RuntimeError(f"{folder.name} was not served: {Path(log.name).read_text()[-2500:]}")
             time.sleep(0.1)
-        self.found["seconds"][f"serve {folder.name}"] = round(time.monotonic() - began, 1)
+        self.found["seconds"][f"serve {name or folder.name}"] = round(time.monotonic() - began, 1)
         print(Path(log.name).read_text()[-600:], flush=True)
-        port, key = _engine_of(process.pid)
+        port, key = engine_of(process.pid)
         gateway, engine = Server(f"{found[0]}/v1", folder.name), Server(f"http://127.0.0.1:{port}/v1", folder.name, key)
         return {"gateway": gateway, "engine": engine}, process
 
@@ -199,10 +202,21 @@ class Bench:
         path.write_text(json.dumps(lmdeploy_prompt(side.template, side), ensure_ascii=False), encoding="utf-8")
         return path
 
-    def keep_log(self, folder: Path) -> None:
-        """The engine's log goes with the engine; its end stays."""
-        if found := re.search(r"its log: (\S+)", (self.out / f"gateway-{folder.name}.log").read_text()):
-            (self.out / f"engine-{folder.name}.log").write_text(Path(found[1]).read_text("utf-8", "replace")[-60_000:], encoding="utf-8")
+    def log_of(self, name: str) -> Path:
+        """The engine's own log."""
+        found = re.search(r"its log: (\S+)", (self.out / f"gateway-{name}.log").read_text())
+        assert found, "the gateway does not say where the engine's log is"
+        return Path(found[1])
+
+    def keep_log(self, name: str) -> None:
+        """The engine's log goes with the engine; its ends stay."""
+        said = self.log_of(name).read_text("utf-8", "replace")
+        (self.out / f"engine-{name}.log").write_text(said[:5_000] + "\n...\n" + said[-60_000:], encoding="utf-8")
+
+    def tiles(self, servers: dict[str, Server], name: str, prefix: str = "") -> None:
+        """How often the engine encoded a tile of a load with large pictures."""
+        told = tiles_encoded(self.log_of(name), servers["engine"], urls_of(16, (1280, 960), self.photos))
+        self.note(**{f"{prefix}tiles encoded": told})
 
     # The stages.
 
@@ -236,7 +250,16 @@ class Bench:
         self.note(answers=f"{same} of {len(answers)} answers are the same through the gateway and directly")
         self.loads(servers, "", self.asked.rounds)
         self.singles(servers)
-        self.keep_log(self.work / "official")
+        self.tiles(servers, "official")
+        self.keep_log("official")
+        stop(process)
+
+    def plain(self) -> None:
+        """The load on LMDeploy without our changes, else started as ours."""
+        servers, process = self.serve(self.work / "official", name="plain", INTERVALE_ENGINE_PATCHES="off")
+        self.loads(servers, "plain: ", 1)
+        self.tiles(servers, "plain", "plain: ")
+        self.keep_log("plain")
         stop(process)
 
     def parity(self) -> None:
@@ -258,17 +281,7 @@ class Bench:
         from intervale.engine.launch import free_port
 
         port, folder, prompt = free_port(), self.work / "official", self.prompt()
-        words = [
-            "serve",
-            "api_server",
-            folder,
-            "--server-name",
-            "127.0.0.1",
-            "--server-port",
-            port,
-            "--chat-template",
-            prompt,
-        ]
+        words = ["serve", "api_server", folder, "--server-name", "127.0.0.1", "--server-port", port, "--chat-template", prompt]
         environment = {
             name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
         }
@@ -307,7 +320,7 @@ class Bench:
             told[name] = f"{same} of {len(answer['ids'])} tokens as from the official folder"
         self.note(hf=told)
         self.loads(servers, "hf: ", 1)
-        self.keep_log(self.work / "hf")
+        self.keep_log("hf")
         stop(process)
 
 
@@ -327,20 +340,6 @@ def answered(servers: dict[str, Server], messages: list[dict[str, Any]], new: in
         if name == "engine":
             told["ids"] = choice["output_ids"]
     return told
-
-
-def _engine_of(gateway: int) -> tuple[int, str]:
-    """Port and key of the LMDeploy that this gateway started: the bench looks at its own processes."""
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            parent = int(re.search(r"PPid:\s*(\d+)", (entry / "status").read_text())[1])  # type: ignore[index]
-            if parent == gateway and any(word.endswith(b"lmdeploy_launcher.py") for word in words):
-                environment = dict(pair.split(b"=", 1) for pair in (entry / "environ").read_bytes().split(b"\0") if b"=" in pair)
-                return int(words[words.index(b"--server-port") + 1]), environment[b"INTERVALE_ENGINE_KEY"].decode()
-        except (OSError, ValueError, TypeError):
-            continue
-    raise RuntimeError("the gateway's engine was not found")
 
 
 def stop(process: subprocess.Popen) -> None:
