@@ -243,7 +243,8 @@ def _load_adapter(network: InternVLForConditionalGeneration, checkpoint: Path, t
     if absent or unknown:
         found = [f"{len(names)} {fault}, {names[0]} first" for names, fault in ((absent, "not there"), (unknown, "too many")) if names]
         raise UserError(
-            f"{checkpoint / ADAPTER}: not the tensors that adapter_config.json names: {'; '.join(found)}", "take both files from one adapter"
+            f"{checkpoint / ADAPTER}: not the tensors that adapter_config.json names: {'; '.join(found)}",
+            "take both files from one adapter",
         )
     mapped = {tensor.data_ptr() for tensor in own.values()} if exact and network.device.type == "cpu" else set()
     for parameter in network.parameters():
