@@ -17,7 +17,7 @@ from test_loop import run, write_recipe
 
 from intervale.core.errors import UserError
 from intervale.core.runlog import read_metrics
-from intervale.train import running, state, step, steps
+from intervale.train import running, sharded, state, step, steps
 from intervale.train.saving import Saver
 from intervale.train.state import Tensors, moments_by_name, trainable
 from intervale.train.strategy import Plain
@@ -258,3 +258,12 @@ def test_a_run_whose_folder_is_removed_in_the_middle_of_a_save_ends_with_one_err
     with pytest.raises(UserError, match=r"cannot be written: .*No such file"):
         run(write_recipe(tmp_path, tiny, plates, epochs=2))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gathered_tensor_is_a_copy_where_it_is_written_and_nothing_elsewhere() -> None:
+    own = torch.nn.Parameter(torch.ones(3))
+    copy = sharded._whole(own, True)
+    with torch.no_grad():
+        own.zero_()
+    assert copy.tolist() == [1.0, 1.0, 1.0]
+    assert sharded._whole(own, False).numel() == 0
