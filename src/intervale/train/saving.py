@@ -14,6 +14,7 @@ from types import TracebackType
 import torch
 
 from intervale.core.lang import say
+from intervale.train.launch import spared
 
 
 def beside(device: torch.device, write: Callable[[], object]) -> Callable[[], object]:
@@ -85,7 +86,8 @@ class Saver:
 
     def _run(self, write: Callable[[], object]) -> None:
         try:
-            write()
+            with spared():
+                write()
         except BaseException as error:  # the steps raise it
             self._error = error
         finally:
