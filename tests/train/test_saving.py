@@ -138,6 +138,17 @@ def test_a_second_ctrl_c_leaves_the_block_when_the_save_has_ended_and_says_so() 
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_save_is_made_where_the_system_gives_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    written = []
+    with Saver() as saver:
+        saver.begin(lambda: written.append(1))
+        assert written == [1]
+
+
 def test_an_error_of_a_save_is_told_where_the_steps_own_ends_the_run() -> None:
     said: list[str] = []
 
