@@ -6,9 +6,12 @@ import torch
 
 from intervale.core.config import load_recipe
 from intervale.core.errors import UserError
+from intervale.export import export as exporting
 from intervale.export.export import PROVENANCE, export
+from intervale.model.adapt import ADAPTER, checkpoint_of
 from intervale.model.convert import convert
 from intervale.model.load import load_model, load_network, load_text_side
+from intervale.model.source import open_source
 from intervale.train.loop import train
 from intervale.train.recipe import TrainRecipe
 
@@ -139,3 +142,23 @@ def test_the_adapter_opens_in_plain_peft(tmp_path: Path, tuned: Path, tiny: Path
     ids = torch.randint(3, 250, (2, 30), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         assert torch.equal(plain(input_ids=ids).logits, logits(tuned))
+
+
+def test_the_gpu_computes_the_logits_where_it_has_room_for_network_adapter_and_merge(
+    tuned: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, checkpoint = open_source(tiny), checkpoint_of(tuned)
+    assert checkpoint is not None
+    numbers = [tensor.numel() for _, tensor in source.natives()]
+    needed = 4 * (sum(numbers) + 3 * max(numbers)) + (2 << 30)
+    free = {"here": 0}
+    monkeypatch.setattr(exporting, "as_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["here"], 1 << 40))
+
+    def place(room: int, checkpoint: Path | None) -> str:
+        free["here"] = room
+        return exporting._place_for(source, checkpoint).type
+
+    adapter = (checkpoint / ADAPTER).stat().st_size
+    assert (place(needed, None), place(needed - 1, None)) == ("cuda", "cpu")
+    assert (place(needed + adapter, checkpoint), place(needed + adapter - 1, checkpoint)) == ("cuda", "cpu")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from intervale.train import launch as starting
 from intervale.train.launch import launch
 
 FAILS = "import os, sys, time\nif os.environ['RANK'] == '1':\n    print('the reason', file=sys.stderr)\n    sys.exit(3)\ntime.sleep(60)"
@@ -94,3 +95,20 @@ def test_one_of_several_ends_after_its_exit_handlers_and_before_the_interpreter_
     assert ended("--version", WORLD_SIZE="2") == (0, True, False)
     assert ended("info", "/nowhere", WORLD_SIZE="2") == (1, True, False)
     assert ended("--no-such-option", WORLD_SIZE="2") == (2, True, False)
+
+
+def test_none_is_ended_in_the_middle_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the others have ended: by an error, or by a second Ctrl-C."""
+    monkeypatch.setattr(starting, "_GRACE_SECONDS", 0.5)
+    for number, code in enumerate((3, 130)):
+        begun, written = tmp_path / f"{number}-begun", tmp_path / f"{number}-written"
+        child = (
+            "import os, sys, time\nfrom pathlib import Path\nfrom intervale.train.saving import Saver\n"
+            f"begun = Path(r'{begun}')\n"
+            "if os.environ['RANK'] == '1':\n"
+            f"    while not begun.exists():\n        time.sleep(0.05)\n    sys.exit({code})\n"
+            f"def write():\n    begun.touch()\n    time.sleep(5)\n    Path(r'{written}').touch()\n"
+            "with Saver() as saver:\n    saver.begin(write)\n"
+        )
+        assert launch(2, [sys.executable, "-c", child]) == code
+        assert written.exists()

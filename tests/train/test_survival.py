@@ -474,7 +474,7 @@ def test_a_step_that_found_no_memory_is_made_again_in_smaller_packs_then_recompu
     tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """The ladder ends where it fits, says each rung, and the run's losses are those of a run with memory to spare."""
-    path = write_recipe(tmp_path, tiny, plates, epochs=3, save_steps=3)
+    path = write_recipe(tmp_path, tiny, plates, epochs=3)  # no save beside a step, whose end would be waited for first
     spare = tmp_path / "spare"
     run(path, "lora.dropout=0", f"out={spare}")
     real, calls, packs, recomputed = steps.accumulate, [], [], []

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,11 +24,15 @@ MIB = 1 << 20
 SLACK = 16 * MIB  # room for the small files beside the weights, and for whatever else writes meanwhile
 
 
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error. safetensors wraps it in a type of its own, so the text is the only thing left to look at."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    own: int | None = getattr(error, "errno", None)
+    return int(found[1]) if own is None and found else own
+
+
 def _is_full_disk(error: BaseException) -> bool:
-    # safetensors wraps the OS error in its own type, so the text is the only thing left to look at.
-    number = getattr(error, "errno", None)
-    text = str(error)
-    return number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "os error 28" in text
+    return _number(error) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 @contextlib.contextmanager
@@ -43,9 +48,10 @@ def disk_errors(target: Path) -> Iterator[None]:
                 f"{target}: the disk is full; what was being written was removed, earlier files are untouched",
                 f"free some space under {target.parent} and run the same command again",
             ) from error
-        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        number = _number(error)
+        if isinstance(error, PermissionError) or number in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UserError(f"{target}: not allowed to write here", "choose another output folder, or change its permissions") from error
-        if isinstance(error, OSError) or (isinstance(error, ValueError) and "null byte" in str(error)):
+        if isinstance(error, OSError) or number is not None or (isinstance(error, ValueError) and "null byte" in str(error)):
             raise UserError(
                 f"{target}: cannot be written: {getattr(error, 'strerror', None) or error}", "choose another output folder"
             ) from error

@@ -21,7 +21,16 @@ from intervale.core.errors import OutsideError, UserError
 from intervale.core.files import read_json, refuse_existing
 from intervale.core.lang import say
 from intervale.core.runlog import versions
-from intervale.model.adapt import TRAINED, adapted_network, base_folder, checkpoint_fingerprint, checkpoint_of, merge_into, trained_tiles
+from intervale.model.adapt import (
+    ADAPTER,
+    TRAINED,
+    adapted_network,
+    base_folder,
+    checkpoint_fingerprint,
+    checkpoint_of,
+    merge_into,
+    trained_tiles,
+)
 from intervale.model.convert import convert
 from intervale.model.hf_files import PROVENANCE
 from intervale.model.load import as_device, narrow, network_from, text_side
@@ -30,7 +39,7 @@ from intervale.model.source import NO_IMAGE_TOKEN, Source, fingerprint, open_sou
 # Reloaded against in-memory float32 logits: the same numbers take the same path, so only summation order may differ.
 _TOLERANCE = 2e-5
 _PROBE_TOKENS, _PROBES = 24, 3
-_ACTIVATIONS = 2 << 30  # bytes beside the weights on a GPU: a probe's activations, a layer's merge, and what the libraries take
+_ACTIVATIONS = 2 << 30  # bytes beside the weights on a GPU: a probe's activations, and what the libraries take
 
 
 @dataclass(frozen=True)
@@ -67,11 +76,14 @@ def _probe(network: Any, source: Source) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def _place_for(source: Source) -> torch.device:
-    """Where the logits are computed: the device a run would take, or the CPU where the network in float32 does not fit there."""
+def _place_for(source: Source, checkpoint: Path | None) -> torch.device:
+    """Where the logits are computed: the device a run would take, or the CPU where network and adapter in float32, and the merge of the
+    largest matrix (its product, the product scaled, the sum), do not fit there."""
     device = as_device(None)
     if device.type == "cuda":
-        needed = 4 * sum(math.prod(shape) for shape in source.shapes.values()) + _ACTIVATIONS
+        sizes = [math.prod(shape) for shape in source.shapes.values()]
+        adapter = checkpoint / ADAPTER if checkpoint is not None else None
+        needed = 4 * (sum(sizes) + 3 * max(sizes)) + (adapter.stat().st_size if adapter and adapter.is_file() else 0) + _ACTIVATIONS
         if torch.cuda.mem_get_info(device)[0] < needed:
             return torch.device("cpu")
     return device
@@ -87,7 +99,7 @@ def export(src: Path, dst: Path, to: str, *, dtype: torch.dtype | None, tell: Ca
     checkpoint = checkpoint_of(src)
     base = base_folder(src)
     source = open_source(base)
-    device = _place_for(source)
+    device = _place_for(source, checkpoint)
     tell(say(f"loading {base} in float32 on {device}", f"以 float32 载入 {base}（{device}）"))
     network = network_from(source, dtype=torch.float32, device=device)
     if checkpoint is not None:

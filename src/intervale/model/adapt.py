@@ -224,11 +224,32 @@ def adapted_network(
     if (checkpoint / TRAINED).is_file():
         load_trained(network, checkpoint / TRAINED)
     if (checkpoint / ADAPTER).is_file():
-        read_header(checkpoint / ADAPTER)
-        with _quiet():
-            # low_cpu_mem_usage: no random matrices are drawn that the file's replace at once
-            PeftModel.from_pretrained(network, str(checkpoint), is_trainable=trainable, low_cpu_mem_usage=True)
+        _load_adapter(network, checkpoint, trainable)
     return network if trainable else network.requires_grad_(False).eval()
+
+
+def _load_adapter(network: InternVLForConditionalGeneration, checkpoint: Path, trainable: bool) -> None:
+    """Put the adapter's layers in, with the file's numbers unrounded. Raises: UserError when file and configuration do not match."""
+    stored = read_header(checkpoint / ADAPTER)
+    # low_cpu_mem_usage draws no random matrices that the file's replace at once, but rounds the file's to the base's type on the way
+    exact = network.dtype == torch.float32
+    with _quiet():
+        model = PeftModel.from_pretrained(
+            network, str(checkpoint), is_trainable=trainable, low_cpu_mem_usage=exact, torch_device=str(network.device)
+        )
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    absent = sorted(own.keys() - stored.keys())
+    unknown = sorted(name for name in stored.keys() - own.keys() if ".lora_" in name)
+    if absent or unknown:
+        found = [f"{len(names)} {fault}, {names[0]} first" for names, fault in ((absent, "not there"), (unknown, "too many")) if names]
+        raise UserError(
+            f"{checkpoint / ADAPTER}: not the tensors that adapter_config.json names: {'; '.join(found)}",
+            "take both files from one adapter",
+        )
+    mapped = {tensor.data_ptr() for tensor in own.values()} if exact and network.device.type == "cpu" else set()
+    for parameter in network.parameters():
+        if parameter.data_ptr() in mapped:  # else whoever writes over the file changes a model in use
+            parameter.data = parameter.data.clone()
 
 
 def load_trained(network: torch.nn.Module, path: Path) -> None:

@@ -60,5 +60,6 @@ def evaluate(loop: Loop) -> dict[str, Any] | None:
         set_modes(loop.network, job.recipe, True)
     loss, correct, targets = sum_values(loop.world, [sums.loss, float(sums.correct), float(sums.targets)])
     if not math.isfinite(loss):
+        loop.settle()
         raise no_held_out_loss(loop.progress.step, [record.id for record in records], size, sums.each)
     return {"step": loop.progress.step, "eval_loss": loss / targets, "eval_token_accuracy": correct / targets, "eval_items": len(job.held)}

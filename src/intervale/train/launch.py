@@ -1,7 +1,7 @@
 """Several processes of one command on this machine, for `parallel.processes`: started together, stopped together.
 
 Promises: Ctrl-C and SIGTERM reach each process once and its exit code is the command's; a process that dies ends the others, and what
-it last said is shown; nothing outlives this process. Under torchrun or accelerate (WORLD_SIZE is set) nothing is started.
+it last said is shown; none is ended in the middle of a save; nothing outlives this process. Under torchrun or accelerate (WORLD_SIZE is set) nothing is started.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _GRACE_SECONDS = 20.0  # for the others to end after one died
 _SHOWN_LINES = 15
 _FOLLOWING = (None, 0, 3, 130, 143, -15)  # ended well, because another had, by a signal, or not yet
 PARENT = "INTERVALE_PARENT"  # a process of ours watches over this id
+SAVING = "INTERVALE_SAVING"  # a file that is there while the first process writes a checkpoint
 
 
 def started_outside() -> bool:
@@ -40,8 +41,16 @@ def _free_port() -> int:
         return port
 
 
-def _environment(rank: int, count: int, port: int) -> Mapping[str, str]:
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port, PARENT: os.getpid()}
+def _environment(rank: int, count: int, port: int, saving: Path) -> Mapping[str, str]:
+    own = {
+        SAVING: saving,
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_PORT": port,
+        PARENT: os.getpid(),
+    }
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     return (
         os.environ
@@ -78,15 +87,16 @@ def launch(count: int, command: Sequence[str]) -> int:
     port = _free_port()
     with tempfile.TemporaryDirectory(prefix="intervale-") as folder:
         files = [Path(folder) / f"{rank}.log" for rank in range(count)]
+        saving = Path(folder) / "saving"
         processes = []
         try:
             for rank, file in enumerate(files):
                 with open(file, "wb") as log:
                     said = None if rank == 0 else log
-                    environment = _environment(rank, count, port)
+                    environment = _environment(rank, count, port, saving)
                     processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True))
             with _passed_on(processes):
-                return _watch(processes, files)
+                return _watch(processes, files, saving)
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -94,30 +104,30 @@ def launch(count: int, command: Sequence[str]) -> int:
                     process.wait()
 
 
-def _watch(processes: Sequence[subprocess.Popen[bytes]], files: Sequence[Path]) -> int:
+def _watch(processes: Sequence[subprocess.Popen[bytes]], files: Sequence[Path], saving: Path) -> int:
     while True:
         codes = [process.poll() for process in processes]
         failed = next((rank for rank, code in enumerate(codes) if code), None)
         if failed is not None:
-            return _end(processes, failed, files)
+            return _end(processes, failed, files, saving)
         if all(code == 0 for code in codes):
             return 0
         time.sleep(0.05)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], failed: int, files: Sequence[Path]) -> int:
-    """One has ended with a code: the others get the time to do so too, then a SIGTERM, then the end. What is told is the cause: not one
+def _end(processes: Sequence[subprocess.Popen[bytes]], failed: int, files: Sequence[Path], saving: Path) -> int:
+    """One has ended with a code: the others get the time to do so too (and to end a save), then a SIGTERM, then the end. What is told is the cause: not one
     that ended because another had."""
     code = processes[failed].returncode
     stopped = code in (130, 143)  # by a signal that all of them got: they are saving
     deadline = time.monotonic() + _GRACE_SECONDS
     patience = deadline if stopped else time.monotonic() + 2.0
-    while any(process.poll() is None for process in processes) and time.monotonic() < patience:
+    while any(process.poll() is None for process in processes) and (time.monotonic() < patience or saving.exists()):
         time.sleep(0.05)
     for process in processes:
         if process.poll() is None:
             process.terminate()
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+    while any(process.poll() is None for process in processes) and (time.monotonic() < deadline or saving.exists()):
         time.sleep(0.05)
     failed = next((rank for rank, process in enumerate(processes) if process.returncode not in _FOLLOWING), failed)
     code = processes[failed].returncode
@@ -130,6 +140,22 @@ def _end(processes: Sequence[subprocess.Popen[bytes]], failed: int, files: Seque
         note = say(f"process {failed} of {len(processes)} {ended}", f"{len(processes)} 个进程中的第 {failed} 个{ended}")
         print("\n".join([note + (say(":", "：") if lines else ""), *lines]), file=sys.stderr)
     return code if code > 0 else 128 - code
+
+
+@contextlib.contextmanager
+def spared() -> Iterator[None]:
+    """Around a save: when another process has ended, the launcher gives this one the time for it."""
+    mark = Path(os.environ[SAVING]) if SAVING in os.environ else None
+    if mark is None:
+        yield
+        return
+    with contextlib.suppress(OSError):
+        mark.touch()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            mark.unlink(missing_ok=True)
 
 
 def leave_at_once(code: int) -> NoReturn:

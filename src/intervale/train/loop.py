@@ -36,6 +36,7 @@ from intervale.train.prepare import GIB, free_memory, need_compiler, worth_compi
 from intervale.train.recipe import TrainRecipe
 from intervale.train.resume import already_skipped, go_on, sweep
 from intervale.train.running import Loop
+from intervale.train.saving import Saver
 from intervale.train.sharded import Fsdp, Zero
 from intervale.train.state import Progress
 from intervale.train.step import Compute
@@ -222,6 +223,7 @@ def _loop_of(job: Job, world: World, ready: jobs.Ready, kept: KeptFeatures | Non
         kept.known if kept else None,
         total,
         progress,
+        saver=Saver(job.tell),
     )
     room = free_memory(device) - cost.optimizer  # the weights are there already
     loop.refit(first_fit(recipe, device, job.longest, room, cost.kept, cost.recomputed))

@@ -14,7 +14,7 @@ from intervale.train.best import Scores
 from intervale.train.job import Job
 from intervale.train.memory import Fit
 from intervale.train.optimizer import Optimizers
-from intervale.train.parallel import World
+from intervale.train.parallel import World, wait
 from intervale.train.prepare import recompute_tower
 from intervale.train.saving import Saver
 from intervale.train.state import Progress
@@ -47,6 +47,11 @@ class Loop:
     scores: Scores = field(default_factory=Scores)
     saver: Saver = field(default_factory=Saver)
     trackers: Trackers | None = None  # of the first process
+
+    def settle(self) -> None:
+        """Wait, in every process, for what is being written, before all of them leave: when one has left, its launcher ends the others."""
+        self.saver.wait()
+        wait(self.world)
 
     def refit(self, fit: Fit) -> None:
         """Take another plan for the memory."""

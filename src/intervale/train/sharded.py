@@ -109,12 +109,13 @@ class Fsdp:
         self.optimizer.step()
 
     def tensors(self) -> Tensors:
-        """Gathered one after another."""
+        """Gathered one after another; what the first does not write, the others do not keep."""
         self._module.reshard()  # type: ignore[operator]  # a pass without gradients leaves the outermost parameters whole
         named = trainable(self._network)
-        weights = {name: _whole(parameter) for name, parameter in named.items()}
+        first = self.world.first
+        weights = {name: _whole(parameter, first) for name, parameter in named.items()}
         moments = {
-            name: {key: _whole(torch.as_tensor(value)) for key, value in self.optimizer.state.get(parameter, {}).items()}
+            name: {key: _whole(torch.as_tensor(value), first) for key, value in self.optimizer.state.get(parameter, {}).items()}
             for name, parameter in named.items()
         }
         return Tensors(weights, moments)
@@ -131,9 +132,12 @@ class Fsdp:
             }
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def _whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor:
+    """Every process must ask; nothing where the answer is not kept."""
     gather = getattr(tensor.detach(), "full_tensor", None)
     whole: torch.Tensor = gather() if gather else tensor.detach()
+    if not keep:
+        return torch.empty(0)
     return whole.to("cpu", copy=True)  # what was not gathered is the parameter itself, and the next step changes it
 
 

@@ -96,8 +96,9 @@ def save_checkpoint(
     `tensors`: what was gathered where the network holds parts only. Raises: UserError on a full disk.
     """
     folder = run / CHECKPOINTS / f"step-{progress.step:08d}"
-    named = trainable(network)
-    tensors = tensors or Tensors(dict(named), moments_by_name(named, optimizer))
+    if tensors is None:
+        named = trainable(network)
+        tensors = Tensors(dict(named), moments_by_name(named, optimizer))
     need_space(folder, 3 * sum(tensor.nbytes for tensor in tensors.weights.values()))
     if folder.is_dir():
         if not verify_checkpoint(folder):

@@ -82,6 +82,7 @@ def _loader(loop: Loop) -> Iterator[Loaded]:
         recipe.train.batch_size, loop.fit.tokens, loop.share, _SHAPES if beside_gpu else 0, draws_masks(loop.network.model.vision_tower)
     )
     cache, known = loop.cache, loop.known
+    loop.saver.finish()  # loading processes are forked, and a thread in the middle of a save may hold a lock that they would wait for
 
     def load(record: Record) -> Item:
         side = job.side
@@ -119,11 +120,12 @@ def _run_in_packs(loop: Loop, report: _Report) -> bool:
         if entry is None:
             return False
         report.step(entry)
+        again = first and _refitted(loop, max((batch.tokens for batch in loaded.batches), default=0))  # before a save takes memory
         # asked once a step, so that a signal in between cannot stop without saving
         stopping = _after_step(loop, _asked_to_stop(loop))
         if stopping or loop.progress.step >= loop.total:
             return True
-        if first and _refitted(loop, max((batch.tokens for batch in loaded.batches), default=0)):
+        if again:
             return False
     return True
 
@@ -175,17 +177,20 @@ def _asked_to_stop(loop: Loop) -> bool:
 def _gradients(loop: Loop, batches: list[Batch], targets: int) -> Sums | None:
     """The sums of the step, gradients added up; None when memory ended here or in another process and the plan is a smaller one now."""
     fault: BaseException | None = None
-    sums = Sums()
+    sums, saving = Sums(), loop.saver.busy
     try:
         idle = idle_passes(len(batches), loop.strategy, loop.world, loop.spare)
         sums = _accumulated(loop, batches, targets, idle)
     except torch.OutOfMemoryError as error:
         fault = error.with_traceback(None)  # whose frames hold the step's tensors
-    if not sum_values(loop.world, [float(fault is not None)])[0]:
+    faults, savers = sum_values(loop.world, [float(fault is not None), float(saving)])
+    if not faults:
         return sums
     if loop.strategy.uniform:  # others wait in the middle of a pass: this process ends, and its launcher ends them
         raise fault or torch.OutOfMemoryError("another process has no memory left")
-    fit = lower(loop.fit, loop.job.recipe, loop.job.longest)
+    if savers:
+        loop.saver.finish()  # its copies may be what was missing
+    fit = loop.fit if savers else lower(loop.fit, loop.job.recipe, loop.job.longest)
     if fit is None:
         raise fault or torch.OutOfMemoryError("another process has no memory left")
     loop.optimizer.zero_grad(set_to_none=True)
@@ -193,7 +198,7 @@ def _gradients(loop: Loop, batches: list[Batch], targets: int) -> Sums | None:
     gc.collect()
     if loop.world.device.type == "cuda":
         torch.cuda.empty_cache()
-    told = in_words(fit, loop.job.recipe)
+    told = say("the memory of a save that has ended", "保存结束后的内存") if savers else in_words(fit, loop.job.recipe)
     loop.job.tell(say(f"memory ended; the same step again with {told}", f"内存不足；改用{told}，重做这一步"))
     return None
 
@@ -247,6 +252,7 @@ def _one_step(loop: Loop, batches: list[Batch]) -> dict[str, Any] | None:
             "seed": recipe.seed,
             "precision": str(loop.compute.dtype),
         }
+        loop.settle()
         raise keep_step(loop.job.folder, world.rank, step + 1, batches, sums.each, about)
     if targets:
         loop.strategy.step()
@@ -305,6 +311,8 @@ def _after_step(loop: Loop, stopping: bool) -> bool:
         _keep_best(loop)
     elif stopping or loop.progress.step == loop.total or loop.progress.step % recipe.save_steps == 0:
         save(loop)
+    if stopping or loop.progress.step >= loop.total:
+        loop.saver.finish()  # here, where the others wait: when one has left, its launcher ends them
     wait(loop.world)
     return stopping
 
@@ -358,6 +366,7 @@ def _end_early(loop: Loop) -> None:
 
 def save(loop: Loop) -> None:
     """Write the checkpoint of the present step: every process gives its parts, the first writes, while the steps go on if it has copies."""
+    loop.saver.finish()  # whose copies are dropped before there are new ones
     tensors = loop.strategy.tensors()
     if not loop.world.first:
         return

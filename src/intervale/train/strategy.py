@@ -45,7 +45,7 @@ class Strategy(Protocol):
         ...
 
     def tensors(self) -> Tensors:
-        """Everything that learns and its moments, whole, on the CPU; every process must ask. Only the first needs the answer."""
+        """Everything that learns and its moments, whole; every process must ask. Only the first needs the answer."""
         ...
 
     def restore_moments(self, stored: dict[str, dict[str, torch.Tensor]]) -> None:
