@@ -341,13 +341,39 @@ def reading(lmdeploy: Any, streams: int, tokens: int, each: float) -> tuple[list
     return asyncio.run(run())
 
 
-def test_many_streams_are_read_several_tokens_at_a_time_with_nothing_lost_and_the_first_token_at_once(lmdeploy: Any) -> None:
+def test_many_streams_of_a_busy_loop_are_read_several_tokens_at_a_time_with_nothing_lost_and_the_first_token_at_once(
+    lmdeploy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert lmdeploy_patches.pace()
-    sizes, _, end = reading(lmdeploy, 64, 60, 0.003)
-    assert {sum(one) for one in sizes} == {60}
+    monkeypatch.setattr(lmdeploy_patches.time, "thread_time", time.monotonic)  # it computes all the time
+    sizes, _, end = reading(lmdeploy, 64, 300, 0.003)
+    assert {sum(one) for one in sizes} == {300}
     assert {(one[0], one[1]) for one in sizes} == {(1, 1)}
-    assert max(len(one) for one in sizes) < 30
+    assert max(len(one) for one in sizes) < 220
     assert end < 0.02 + 0.1  # 20 ms, and what a busy machine adds
+
+
+def test_many_streams_of_a_loop_with_time_to_spare_are_read_token_by_token(lmdeploy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lmdeploy_patches.pace()
+    monkeypatch.setattr(lmdeploy_patches.time, "thread_time", lambda: 0.0)
+    sizes, _, _ = reading(lmdeploy, 64, 60, 0.003)
+    assert min(len(one) for one in sizes) > 50
+
+
+def test_the_pause_grows_while_the_thread_computes_and_goes_when_it_does_not() -> None:
+    def levels(shares: list[float]) -> list[float]:
+        busy, now, used, found = lmdeploy_patches.Busy(), 5.0, 0.0, []
+        busy.look(now, lambda: 0.0)
+        for share in shares:
+            now, used = now + 0.11, used + share * 0.11
+            found.append(busy.look(now, lambda used=used: used))
+        return found
+
+    assert levels([0.9, 0.9, 0.6, 0.9, 0.9, 0.9]) == [0.25, 0.5, 0.5, 0.75, 1.0, 1.0]
+    assert levels([0.9, 0.9, 0.3, 0.6, 0.3, 0.3]) == [0.25, 0.5, 0.25, 0.25, 0.0, 0.0]
+    busy = lmdeploy_patches.Busy()
+    busy.level = 1.0
+    assert busy.look(100.0, lambda: 99.0) == 0.0  # after a long silence
 
 
 def test_a_single_client_gets_every_token_as_it_comes(lmdeploy: Any) -> None:

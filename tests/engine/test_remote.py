@@ -76,6 +76,12 @@ def test_an_answer_comes_with_its_counts_and_the_request_says_what_was_asked() -
     assert other.headers["authorization"] == "Bearer key"
 
 
+def test_an_event_of_several_tokens_counts_as_the_server_counts() -> None:
+    usage = b'data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 6}}\n\n'
+    other = Other(event("two tokens") + event(" or three") + event(finish="length") + usage + b"data: [DONE]\n\n")
+    assert told(engine(other)) == ("two tokens or three", Delta("", 6, "length", 7))
+
+
 def test_log_probabilities_are_passed_on_or_refused() -> None:
     top = [{"token": "he", "logprob": -0.1, "bytes": [104, 101]}, {"token": "ho", "logprob": -3}]
     place = {"token": "he", "logprob": -0.1, "bytes": [104, 101], "top_logprobs": top}

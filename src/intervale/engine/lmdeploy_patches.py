@@ -12,6 +12,7 @@ import inspect
 import os
 import secrets
 import sys
+import time
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -21,6 +22,11 @@ from typing import Any
 
 _CONTEXT = 16  # tokens of the prompt that the first token's text is read after
 _A_STREAM, _LONGEST, _WORTH = 0.0003, 0.02, 0.001  # seconds between two reads: for each live stream, at most, and the least worth a pause
+_LOOK, _BUSY, _FREE = (
+    0.1,
+    0.7,
+    0.5,
+)  # seconds between two looks; the thread's share of computing above which it is too much, below which it is not
 
 
 @dataclass(eq=False)
@@ -214,8 +220,26 @@ def detokenizer() -> bool:
     return True
 
 
+class Busy:
+    """How large a pause between two reads the event loop's thread needs, 0 to 1: more while it computes most of the time, less while it does not."""
+
+    def __init__(self) -> None:
+        self.level, self._at, self._used = 0.0, 0.0, 0.0
+
+    def look(self, now: float, used: Callable[[], float]) -> float:
+        """The level at `now` seconds; `used` tells the seconds that the thread has computed."""
+        since = now - self._at
+        if since >= _LOOK:
+            used_now = used()
+            share = (used_now - self._used) / since
+            change = 0.25 if share > _BUSY else -0.25 if share < _FREE else 0.0
+            self.level = 0.0 if since > 10 * _LOOK else min(1.0, max(0.0, self.level + change))  # nothing was read for long
+            self._at, self._used = now, used_now
+        return self.level
+
+
 def pace() -> bool:
-    """With many streams, each is read every 0.3 ms times their number, at most every 20 ms: an event then carries the tokens come meanwhile.
+    """With many streams on a busy event loop, each is read every 0.3 ms times their number, at most every 20 ms: an event carries the tokens come meanwhile.
 
     Nothing is lost by it: TurboMind leaves the newest state to be taken (request.h), and the first token and lone clients are read at once. An event of
     several tokens with parts of a character is read token by token: LMDeploy holds back the text before them as well, which is lost where the answer ends.
@@ -231,6 +255,7 @@ def pace() -> bool:
         return False
     old = tokens.detokenize_incrementally
     live: weakref.WeakSet[Any] = weakref.WeakSet()  # streams past their second token
+    busy = Busy()
 
     class Paced(kind):  # type: ignore[misc, valid-type]
         def __init__(self, *words: Any, **named: Any) -> None:
@@ -241,7 +266,8 @@ def pace() -> bool:
             clock = asyncio.get_running_loop()
             if self.seen > 1:
                 live.add(self)
-                pause = self.at + min(_LONGEST, _A_STREAM * len(live)) - clock.time()
+                now = clock.time()
+                pause = self.at + busy.look(now, time.thread_time) * min(_LONGEST, _A_STREAM * len(live)) - now
                 if pause > _WORTH:
                     await asyncio.sleep(pause)
             await super().acquire()
