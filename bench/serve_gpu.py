@@ -215,7 +215,7 @@ class Bench:
 
     def tiles(self, servers: dict[str, Server], name: str, prefix: str = "") -> None:
         """How often the engine encoded a tile of a load with large pictures."""
-        told = tiles_encoded(self.log_of(name), servers["engine"], urls_of(16, (1280, 960), self.photos))
+        told = tiles_encoded(self.log_of(name), servers["engine"], urls_of(16, (1280, 960), self.photos), self.asked.new)
         self.note(**{f"{prefix}tiles encoded": told})
 
     # The stages.

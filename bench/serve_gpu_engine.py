@@ -11,13 +11,13 @@ _PASS = re.compile(r"InternViT setup: .*?patches=(\d+)")
 
 
 def tiles_encoded(
-    log: Path, server: Server, urls: list[str], tiles: int = 13, count: int = 64, clients: int = 32
+    log: Path, server: Server, urls: list[str], new: int, tiles: int = 13, count: int = 64, clients: int = 32
 ) -> dict[str, float | int]:
-    """Ask `count` questions about pictures of `tiles` tiles; tiles that the vision tower was given meanwhile, by the engine's log.
+    """Ask `count` questions about pictures of `tiles` tiles, `new` tokens each; the tiles that the vision tower was given meanwhile, by the engine's log.
 
     TurboMind encodes a picture that is split between two passes in both. No lines of the tower's (another engine, another level) are told as 0 passes.
     """
-    asked = [server.request(parts(f"tiles {number}. What is it?", urls[number % len(urls)]), 16) for number in range(count)]
+    asked = [server.request(parts(f"tiles {number}. What is it?", urls[number % len(urls)]), new) for number in range(count)]
     before = log.stat().st_size
     asyncio.run(load(server, asked, clients))
     time.sleep(1)  # the log is written by a thread of its own
