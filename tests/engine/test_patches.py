@@ -343,11 +343,16 @@ def test_the_changes_can_be_left_out_or_chosen_and_those_of_turbomind_are_not_ma
     assert said("turbomind", "off") == "changes to LMDeploy: none"
     assert said("pytorch", None) == "changes to LMDeploy: detokenizer, metrics"
     assert lmdeploy.TurboMindInstance.async_stream_infer is infer
+    assert said("turbomind", None) == "changes to LMDeploy: detokenizer, metrics, fingerprints"
+    assert lmdeploy.TurboMindInstance.async_stream_infer is infer, "the gate is measured on a GPU first"
     assert said("turbomind", "gate,pace") == "changes to LMDeploy: gate, pace"
     assert "there is no 'gates'" in said("turbomind", "gates")
 
 
-def test_all_changes_hold_together_in_the_launchers_order(lmdeploy: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_changes_hold_together_in_the_launchers_order(
+    lmdeploy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("INTERVALE_ENGINE_PATCHES", "all")
     assert lmdeploy_launcher.more_tiling_threads(2)
     lmdeploy_patches.apply("turbomind")
     assert capsys.readouterr().out == "intervale: changes to LMDeploy: detokenizer, metrics, gate, fingerprints, pace\n"
