@@ -231,8 +231,7 @@ class Bench:
         sharpened = time.monotonic()
         threads = str(max(1, (os.cpu_count() or 2) // 2))
         both = []
-        forms = ("official", "hf") if "hf" in self.asked.stages else ("official",)
-        for form in forms:
+        for form in ("official", "hf") if "hf" in self.asked.stages else ("official",):
             command = [sys.executable, "-m", "intervale", "export", str(base), str(self.work / form), "--format", form]
             both.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}))
         failed = [one.args for one in both if one.wait(max(5.0, min(150.0, self.left())))]

@@ -66,6 +66,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="a folder to work in and to keep the base model in (default: a temporary one)")
     parser.add_argument("--out", type=Path, help="where the JSON goes too; rewritten after every variant")
     given = parser.parse_args()
+    if given.exact and not given.curve:
+        parser.error("--exact belongs to --curve N: it is the float32 run that the curves are held against")
     if given.warmup is None:
         given.warmup = 4 if given.device == "cuda" else 1
     given.precision = given.precision or ("bf16" if given.device == "cuda" else "fp32")

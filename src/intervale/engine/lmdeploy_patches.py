@@ -23,11 +23,8 @@ from typing import Any
 
 _CONTEXT = 16  # tokens of the prompt that the first token's text is read after
 _A_STREAM, _LONGEST, _WORTH = 0.0003, 0.02, 0.001  # seconds between two reads: for each live stream, at most, and the least worth a pause
-_LOOK, _BUSY, _FREE = (
-    0.1,
-    0.7,
-    0.5,
-)  # seconds between two looks; the thread's share of computing above which it is too much, below which it is not
+_LOOK = 0.1  # seconds between two looks at what the event loop's thread computes
+_BUSY, _FREE = 0.7, 0.5  # its share of the time above which it is too much, and below which it is not
 
 
 @dataclass(eq=False)
