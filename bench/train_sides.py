@@ -184,7 +184,7 @@ def _padded(rows: list[tuple[Any, Any, Any]], device: str) -> dict[str, Any]:
 
 
 def stock(spec: dict[str, Any]) -> dict[str, Any]:
-    """The stock loop over the spec's order; a line of metrics for each step, as the trainer writes it."""
+    """The stock loop over the spec's order, or as much of it as `seconds` allow; a line of metrics for each step, as the trainer writes it."""
     import torch
     from train_data import side_of
 
@@ -203,6 +203,8 @@ def stock(spec: dict[str, Any]) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     ready, lines, times = time.time(), [], []
     for number, chosen in enumerate(spec["order"]):
+        if lines and time.time() - begun + lines[-1]["seconds"] > spec.get("seconds", math.inf):
+            break
         start = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(number, len(spec["order"]), spec["learning_rate"], spec["warmup_ratio"], "cosine")
