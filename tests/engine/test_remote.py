@@ -57,6 +57,16 @@ class Flow(httpx.AsyncByteStream):
         self.other.left += 1
 
 
+def apart(*parts: bytes) -> Callable[[], AsyncIterator[bytes]]:
+    """An answer that comes in these parts."""
+
+    async def flow() -> AsyncIterator[bytes]:
+        for part in parts:
+            yield part
+
+    return flow
+
+
 def engine(other: Other, **more: Any) -> RemoteEngine:
     return RemoteEngine("http://other/v1/", ("big", "small"), "key", pause=0.001, transport=other, **more)
 
@@ -80,6 +90,34 @@ def test_an_event_of_several_tokens_counts_as_the_server_counts() -> None:
     usage = b'data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 6}}\n\n'
     other = Other(event("two tokens") + event(" or three") + event(finish="length") + usage + b"data: [DONE]\n\n")
     assert told(engine(other)) == ("two tokens or three", Delta("", 6, "length", 7))
+
+
+def test_events_that_come_together_are_one_piece_and_where_they_are_cut_does_not_matter() -> None:
+    whole = event("喂") + event("。") + event(" x") + event(finish="stop") + USAGE + b"data: [DONE]\n\n"
+    together = [Delta("喂。 x", 3), Delta("", 2, "stop", 7)]
+    assert list(engine(Other(whole)).stream(ASK)) == together
+    assert list(engine(Other(whole.replace(b"\n", b"\r\n"))).stream(ASK)) == together
+    for cut in range(1, len(whole)):
+        pieces = list(engine(Other(apart(whole[:cut], whole[cut:]))).stream(ASK))
+        assert "".join(piece.text for piece in pieces) == "喂。 x"
+        assert pieces[-1] == together[-1]
+        assert [piece.tokens for piece in pieces if piece.text][-1] == 3
+    singly = [whole[at : at + 1] for at in range(len(whole))]
+    assert [piece.text for piece in engine(Other(apart(*singly))).stream(ASK)] == ["喂", "。", " x", ""]
+
+
+def test_what_came_with_a_fault_is_told_before_it() -> None:
+    for fault in (b'data: {"error": {"message": "boom"}}\n\n', b"data: {nonsense\n\n"):
+        pieces = engine(Other(event("he") + event("y") + fault)).stream(ASK)
+        assert next(pieces) == Delta("hey", 2)
+        with pytest.raises(EngineError) as broken:
+            next(pieces)
+        assert broken.value.code == "engine_interrupted"
+
+
+def test_bytes_that_are_no_text_are_told_as_such() -> None:
+    strange = event("a?b").replace(b"?", b"\xff")
+    assert told(engine(Other(strange + event(finish="stop"))))[0] == "a\ufffdb"
 
 
 def test_log_probabilities_are_passed_on_or_refused() -> None:
@@ -114,11 +152,12 @@ def told_with(text: str, *tokens: str) -> bytes:
 
 def test_text_that_was_held_back_may_come_without_a_token_of_its_own() -> None:
     asking = replace(ASK, sampling=replace(ASK.sampling, likely=0))
-    other = Other(told_with("a", "a") + told_with("", "x") + event("x") + event(finish="length") + USAGE + b"data: [DONE]\n\n")
-    pieces = list(engine(other).stream(asking))
-    assert "".join(piece.text for piece in pieces) == "ax"
-    assert [one.token for piece in pieces for one in piece.likely] == ["a", "x"]
-    assert [piece.tokens for piece in pieces] == [1, 2, 2, 2]
+    events = [told_with("a", "a"), told_with("", "x"), event("x"), event(finish="length") + USAGE + b"data: [DONE]\n\n"]
+    for parts, counts in ((events, [1, 2, 2, 2]), ([b"".join(events)], [2, 2])):
+        pieces = list(engine(Other(apart(*parts))).stream(asking))
+        assert "".join(piece.text for piece in pieces) == "ax"
+        assert [one.token for piece in pieces for one in piece.likely] == ["a", "x"]
+        assert [piece.tokens for piece in pieces] == counts
 
 
 def test_a_token_that_is_half_of_a_character_was_told_and_is_not_asked_for_again() -> None:

@@ -8,7 +8,7 @@ is kept on a shared object, except under that visitor's own name.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -125,6 +125,13 @@ class Delta:
     prompt_tokens: int = 0
     reused: int = 0
     likely: tuple[Likely, ...] = ()
+
+
+def joined(pieces: Sequence[Delta], counted: Delta | None = None) -> Delta:
+    """Pieces that follow each other as one, with the counts of the last or of `counted`."""
+    last = counted or pieces[-1]
+    likely = tuple(one for piece in pieces for one in piece.likely)
+    return Delta("".join(piece.text for piece in pieces), last.tokens, pieces[-1].finish, last.prompt_tokens, last.reused, likely)
 
 
 class Engine(Protocol):

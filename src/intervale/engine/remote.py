@@ -24,7 +24,8 @@ from PIL import Image
 
 from intervale.core.errors import UserError, nearest
 from intervale.core.wire import from_json, to_json
-from intervale.engine.api import ChatTurn, Delta, EngineError, Likely, Load, Photo, RefusedError, Request, UpstreamRefusedError
+from intervale.engine.api import ChatTurn, Delta, EngineError, Likely, Load, Photo, RefusedError, Request, UpstreamRefusedError, joined
+from intervale.engine.upstream import Upstream
 
 _AGAIN = (408, 429, 502, 503, 504)  # the server was busy or away: it did not look at the request
 _LONGEST_PAUSE = 30.0  # seconds, also where the server asks for more
@@ -67,12 +68,14 @@ class RemoteEngine:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url, self.models = web_address(base_url), models
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._asking = httpx.URL(f"{self.url}/chat/completions")
+        self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
+        self._headers |= {"Authorization": f"Bearer {key}"} if key else {}
         self._room, self._retries, self._pause = room, retries, pause
-        self._timeout = httpx.Timeout(seconds, connect=10.0)
-        self._transport = transport
+        self._timeout = httpx.Timeout(seconds, connect=10.0).as_dict()
+        self._given = transport
         self._active, self._fault, self._closed = 0, "", False
-        self._client: tuple[asyncio.AbstractEventLoop, httpx.AsyncClient] | None = None
+        self._way: tuple[asyncio.AbstractEventLoop, Upstream] | None = None
 
     def load(self) -> Load:
         """How busy it is; what waits, waits at the other server."""
@@ -98,7 +101,7 @@ class RemoteEngine:
                     return
         finally:
             loop.run_until_complete(pieces.aclose())
-            loop.run_until_complete(self._drop_client())
+            loop.run_until_complete(self._leave())
             loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
@@ -138,9 +141,10 @@ class RemoteEngine:
     async def _attempt(self, body: bytes, likely: int | None) -> AsyncGenerator[Delta, None]:
         """One try. Raises: RetryError while nothing has been said."""
         begun = False
-        headers = {**self._headers, "Content-Type": "application/json", "Accept": "text/event-stream"}
+        # Straight to the transport: there is nothing to sign, to redirect to or to remember, which is what a client would look after.
+        asked = httpx.Request("POST", self._asking, headers=self._headers, content=body, extensions={"timeout": self._timeout})
         try:
-            async with self._http().stream("POST", f"{self.url}/chat/completions", content=body, headers=headers) as got:
+            async with aclosing(await self._transport().handle_async_request(asked)) as got:
                 if got.status_code != 200:
                     raise await refusal(got)
                 self._fault = ""
@@ -157,19 +161,19 @@ class RemoteEngine:
             )
             raise RetryError(EngineError(what, f"is it running at {self.url}?", "engine_unavailable", 5)) from error
 
-    def _http(self) -> httpx.AsyncClient:
-        """One client an event loop: its connections are kept, and belong to the loop."""
+    def _transport(self) -> httpx.AsyncBaseTransport:
+        """One an event loop: its connections are kept, and belong to the loop."""
+        if self._given is not None:
+            return self._given
         loop = asyncio.get_running_loop()
-        if self._client is None or self._client[0] is not loop:
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-            made = httpx.AsyncClient(timeout=self._timeout, limits=limits, transport=self._transport, trust_env=False)
-            self._client = (loop, made)
-        return self._client[1]
+        if self._way is None or self._way[0] is not loop:
+            self._way = (loop, Upstream())
+        return self._way[1]
 
-    async def _drop_client(self) -> None:
-        if self._client is not None and self._client[0] is asyncio.get_running_loop():
-            await self._client[1].aclose()
-            self._client = None
+    async def _leave(self) -> None:
+        if self._way is not None and self._way[0] is asyncio.get_running_loop():
+            await self._way[1].aclose()
+            self._way = None
 
 
 def _body(request: Request, model: str) -> bytes:
@@ -262,33 +266,56 @@ def _seconds(after: str) -> float | None:
 
 
 async def _pieces(got: httpx.Response, likely: int | None = None) -> AsyncGenerator[Delta, None]:
-    """The deltas of an event stream; the last one carries the finish and the counts.
+    """The deltas of an event stream, those that came together as one; the last one carries the finish and the counts.
 
     Raises: EngineError for an error in the stream; RefusedError where log-probabilities (`likely` beside each) were asked for and do not come.
     """
-    tokens, prompt, reused, finish, given = 0, 0, 0, "", likely is None
-    async with aclosing(_events(got)) as events:
-        async for event in events:
-            if event.get("error"):
-                raise EngineError(
-                    "the engine's server failed in the middle of the answer", f"it said: {event['error']}", "engine_interrupted"
-                )
-            if usage := event.get("usage"):
-                tokens, prompt = int(usage.get("completion_tokens") or tokens), int(usage.get("prompt_tokens") or 0)
-                reused = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-            for choice in event.get("choices") or []:
-                text = (choice.get("delta") or {}).get("content") or ""
-                finish = choice.get("finish_reason") or finish
-                found = () if likely is None else _likely(choice, likely)
-                given = given or bool(found)
-                if text and not given:
-                    raise RefusedError("the engine's server gives no log-probabilities", "ask without logprobs", "unsupported_value")
-                if text or found:  # text that was held back comes without a token of its own
-                    tokens += len(found) if likely is not None else 1
-                    yield Delta(text, tokens, likely=found)
-    if not finish:
+    reading = _Reading(likely)
+    async with aclosing(_events(got)) as parts:
+        async for events in parts:
+            told, fault = list[Delta](), None
+            try:
+                for event in events:
+                    told += reading.deltas(event)
+            except (EngineError, RefusedError) as error:
+                fault = error
+            if told:
+                yield told[0] if len(told) == 1 else joined(told)
+            if fault is not None:
+                raise fault
+    if not reading.finish:
         raise httpx.RemoteProtocolError("the stream ended without a reason")
-    yield Delta("", tokens, finish, prompt, reused)
+    yield Delta("", reading.tokens, reading.finish, reading.prompt, reading.reused)
+
+
+@dataclass
+class _Reading:
+    """What was read of one answer so far."""
+
+    likely: int | None
+    tokens: int = 0
+    prompt: int = 0
+    reused: int = 0
+    finish: str = ""
+    given: bool = False  # log-probabilities have come
+
+    def deltas(self, event: dict[str, Any]) -> Iterator[Delta]:
+        """The pieces of text in an event. Raises: as `_pieces`."""
+        if event.get("error"):
+            raise EngineError("the engine's server failed in the middle of the answer", f"it said: {event['error']}", "engine_interrupted")
+        if usage := event.get("usage"):
+            self.tokens, self.prompt = int(usage.get("completion_tokens") or self.tokens), int(usage.get("prompt_tokens") or 0)
+            self.reused = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+        for choice in event.get("choices") or []:
+            text = (choice.get("delta") or {}).get("content") or ""
+            self.finish = choice.get("finish_reason") or self.finish
+            found = () if self.likely is None else _likely(choice, self.likely)
+            self.given = self.given or bool(found)
+            if text and self.likely is not None and not self.given:
+                raise RefusedError("the engine's server gives no log-probabilities", "ask without logprobs", "unsupported_value")
+            if text or found:  # text that was held back comes without a token of its own
+                self.tokens += 1 if self.likely is None else len(found)
+                yield Delta(text, self.tokens, likely=found)
 
 
 def _likely(choice: dict[str, Any], most: int) -> tuple[Likely, ...]:
@@ -314,38 +341,55 @@ def _likely(choice: dict[str, Any], most: int) -> tuple[Likely, ...]:
         ) from error
 
 
-async def _events(got: httpx.Response) -> AsyncGenerator[dict[str, Any], None]:
-    async with aclosing(_lines(got)) as lines:
-        async for line in lines:
-            if not line.startswith("data:"):
-                continue
-            data = line[5:].strip()
-            if data == "[DONE]":
-                await _to_its_end(lines)
-                return
+async def _events(got: httpx.Response) -> AsyncGenerator[list[dict[str, Any]], None]:
+    """The events of a stream, as many at once as came at once."""
+    async with aclosing(_lines(got)) as parts:
+        async for lines in parts:
+            events, done = list[dict[str, Any]](), False
             try:
-                event = from_json(data)
+                for line in lines:
+                    if not line.startswith(b"data:"):
+                        continue
+                    data = line[5:].strip()
+                    if data == b"[DONE]":
+                        done = True
+                        break
+                    event = _json(data)
+                    if isinstance(event, dict):
+                        events.append(event)
             except ValueError as error:
+                yield events
                 raise httpx.RemoteProtocolError("an event that is not JSON") from error
-            if isinstance(event, dict):
-                yield event
+            yield events
+            if done:
+                await _to_its_end(parts)
+                return
 
 
-async def _to_its_end(lines: AsyncGenerator[str, None]) -> None:
+def _json(data: bytes) -> Any:
+    """The value. Raises: ValueError. Bytes that are no UTF-8 are told as such characters, not refused."""
+    try:
+        return from_json(data)
+    except ValueError:
+        return from_json(data.decode("utf-8", "replace"))
+
+
+async def _to_its_end(parts: AsyncGenerator[list[bytes], None]) -> None:
     """Nothing comes after [DONE] but the end of the answer; only when that was read can its connection serve the next request."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_LAST_WORD):
-            async for _ in lines:
+            async for _ in parts:
                 pass
 
 
-async def _lines(got: httpx.Response) -> AsyncGenerator[str, None]:
+async def _lines(got: httpx.Response) -> AsyncGenerator[list[bytes], None]:
+    """The lines of an answer, as many at once as came at once."""
     rest = b""
     async for part in got.aiter_bytes():
         *lines, rest = (rest + part).split(b"\n")
         if len(rest) > _LONGEST_EVENT:
             raise httpx.RemoteProtocolError("an event without an end")
-        for line in lines:
-            yield line.rstrip(b"\r").decode("utf-8", "replace")
+        if lines:
+            yield lines
     if rest:
-        yield rest.decode("utf-8", "replace")
+        yield [rest]

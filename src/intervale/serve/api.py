@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from intervale.core.errors import nearest
 from intervale.core.wire import to_json
-from intervale.engine.api import ChatTurn, Delta, Desk, Likely, Photo, Request, Sampling
+from intervale.engine.api import ChatTurn, Delta, Desk, Likely, Photo, Request, Sampling, joined
 from intervale.serve.errors import ApiError, as_api_error, bad
 from intervale.serve.limits import Limits, read_body
 from intervale.serve.media import MediaLimits, fetch_picture, photos_of
@@ -102,17 +102,12 @@ async def _chat(http: HttpRequest, desk: Desk, limits: Limits, media: MediaLimit
     raw = await read_body(http.receive)
     body = read_chat(raw) if len(raw) < _SMALL else await asyncio.to_thread(read_chat, raw)
     doing.model = _known(desk, body.model)
-    request = await _unless_gone(http, _asked(body, limits, media, http.state.visitor))
-    pieces = desk.answer(request)
-    try:
-        first = await _unless_gone(http, _first(pieces, doing))
-        if not body.stream:
+    pieces, first = await _unless_gone(http, _begun(_asked(body, limits, media, http.state.visitor), desk, doing))
+    if not body.stream:
+        async with contextlib.aclosing(pieces):
             whole = await _unless_gone(http, _whole(pieces, first, doing))
-            _finish(metrics, doing, "done")
-            return JSONResponse(_completion(doing, whole, request.sampling.likely is not None))
-    except BaseException:
-        await pieces.aclose()
-        raise
+        _finish(metrics, doing, "done")
+        return JSONResponse(_completion(doing, whole, body.likely() is not None))
     usage = body.stream_options is not None and body.stream_options.include_usage
     steady = _paced(first, pieces) if desk.load().active > _CROWD else _from(first, pieces)
     return _Events(pieces, _events(steady, doing, metrics, usage))
@@ -182,13 +177,18 @@ async def _unless_gone(http: HttpRequest, work: Awaitable[_T]) -> _T:
                     await one
 
 
-async def _first(pieces: AsyncGenerator[Delta, None], doing: _Answering) -> Delta:
-    """The first piece that says something: until then a refusal can still be a 4xx."""
-    async for piece in pieces:
-        doing.saw(piece)
-        if piece.tokens or piece.finish:
-            return piece
-    raise RuntimeError("an answer without an end")
+async def _begun(asked: Awaitable[Request], desk: Desk, doing: _Answering) -> tuple[AsyncGenerator[Delta, None], Delta]:
+    """An answer and its first piece that says something: until then a refusal can still be a 4xx."""
+    pieces = desk.answer(await asked)
+    try:
+        async for piece in pieces:
+            doing.saw(piece)
+            if piece.tokens or piece.finish:
+                return pieces, piece
+        raise RuntimeError("an answer without an end")
+    except BaseException:
+        await pieces.aclose()
+        raise
 
 
 async def _whole(pieces: AsyncGenerator[Delta, None], first: Delta, doing: _Answering) -> Delta:
@@ -198,15 +198,8 @@ async def _whole(pieces: AsyncGenerator[Delta, None], first: Delta, doing: _Answ
         async for piece in pieces:
             doing.saw(piece)
             told.append(piece)
-    doing.last = _joined(told, doing.last)
+    doing.last = joined(told, doing.last)
     return doing.last
-
-
-def _joined(pieces: Sequence[Delta], counted: Delta | None = None) -> Delta:
-    """Pieces that follow each other as one, with the counts of the last or of `counted`."""
-    last = counted or pieces[-1]
-    likely = tuple(one for piece in pieces for one in piece.likely)
-    return Delta("".join(piece.text for piece in pieces), last.tokens, pieces[-1].finish, last.prompt_tokens, last.reused, likely)
 
 
 class _Events(StreamingResponse):
@@ -225,27 +218,30 @@ class _Events(StreamingResponse):
 
 
 async def _events(pieces: AsyncGenerator[Delta, None], doing: _Answering, metrics: Metrics, usage: bool) -> AsyncGenerator[bytes, None]:
-    """The stream's events; the role first, then the text, then the reason it ended."""
+    """The stream's events; the role first, then the text, then the reason it ended. What there is to say at one time is sent at once."""
 
     def chunk(delta: dict[str, str], finish: str | None = None, likely: tuple[Likely, ...] = ()) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": _logprobs(likely) if likely else None, "finish_reason": finish}
         return _event(_head(doing, "chat.completion.chunk") | {"choices": [choice]} | ({"usage": None} if usage else {}))
 
+    said = chunk({"role": "assistant", "content": ""})
     try:
-        yield chunk({"role": "assistant", "content": ""})
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 doing.saw(piece)
                 if piece.text or piece.likely:
-                    yield chunk({"content": piece.text}, likely=piece.likely)
+                    said += chunk({"content": piece.text}, likely=piece.likely)
                 if piece.finish:
-                    yield chunk({}, piece.finish)
+                    said += chunk({}, piece.finish)
+                elif said:
+                    yield said
+                    said = b""
         if usage:
-            yield _event(_head(doing, "chat.completion.chunk") | {"choices": [], "usage": _usage(doing.last)})
-        yield b"data: [DONE]\n\n"
+            said += _event(_head(doing, "chat.completion.chunk") | {"choices": [], "usage": _usage(doing.last)})
+        yield said + b"data: [DONE]\n\n"
         _finish(metrics, doing, "done")
     except Exception as error:
-        yield _event(_failed(error, metrics, doing).body())
+        yield said + _event(_failed(error, metrics, doing).body())
     finally:
         _finish(metrics, doing)
 
@@ -258,35 +254,42 @@ async def _from(first: Delta, rest: AsyncIterator[Delta]) -> AsyncGenerator[Delt
 
 
 async def _paced(first: Delta, rest: AsyncIterator[Delta]) -> AsyncGenerator[Delta, None]:
-    """The pieces, those of each hundredth of a second as one: with many streams at once, sending is what costs."""
+    """The pieces, those of each hundredth of a second as one: with many streams at once, sending is what costs. The end waits for nothing."""
     yield first
     if first.finish:
         return
-    came, waiting, faults = asyncio.Event(), list[Delta](), list[Exception]()
+    came, due, waiting, faults, over = asyncio.Event(), asyncio.Event(), list[Delta](), list[Exception](), False
 
     async def read() -> None:
+        nonlocal over
         try:
             async for piece in rest:
                 waiting.append(piece)
+                if piece.finish:
+                    break
                 came.set()
         except Exception as error:
             faults.append(error)
+        over = True
         came.set()
+        due.set()
 
     task = asyncio.create_task(read())
     try:
         while True:
             await came.wait()
-            await asyncio.sleep(_PACE)
+            if not over:
+                due.clear()
+                alarm = asyncio.get_running_loop().call_later(_PACE, due.set)
+                await due.wait()
+                alarm.cancel()
             came.clear()
-            some, waiting[:] = list(waiting), []
+            ends, some, waiting[:] = over, list(waiting), []
             if some:
-                yield _joined(some)
-                if some[-1].finish:
-                    return
+                yield joined(some)
             if faults:
                 raise faults[0]
-            if task.done() and not waiting:
+            if ends:
                 return
     finally:
         task.cancel()
