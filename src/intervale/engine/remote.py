@@ -75,7 +75,7 @@ class RemoteEngine:
         self._timeout = httpx.Timeout(seconds, connect=10.0).as_dict()
         self._given = transport
         self._active, self._fault, self._closed = 0, "", False
-        self._way: tuple[asyncio.AbstractEventLoop, Upstream] | None = None
+        self._ways: dict[asyncio.AbstractEventLoop, Upstream] = {}
 
     def load(self) -> Load:
         """How busy it is; what waits, waits at the other server."""
@@ -166,14 +166,14 @@ class RemoteEngine:
         if self._given is not None:
             return self._given
         loop = asyncio.get_running_loop()
-        if self._way is None or self._way[0] is not loop:
-            self._way = (loop, Upstream())
-        return self._way[1]
+        if loop not in self._ways:
+            self._ways = {other: way for other, way in self._ways.items() if not other.is_closed()} | {loop: Upstream()}
+        return self._ways[loop]
 
     async def _leave(self) -> None:
-        if self._way is not None and self._way[0] is asyncio.get_running_loop():
-            await self._way[1].aclose()
-            self._way = None
+        way = self._ways.pop(asyncio.get_running_loop(), None)
+        if way is not None:
+            await way.aclose()
 
 
 def _body(request: Request, model: str) -> bytes:

@@ -79,7 +79,6 @@ def add_api(app: FastAPI, desk: Desk, limits: Limits, media: MediaLimits, metric
     async def model(name: str) -> dict[str, Any]:
         return entry(_known(desk, name))
 
-    @app.post("/v1/chat/completions")
     async def chat(http: HttpRequest) -> Response:
         doing = _Answering(http.state.request_id)
         try:
@@ -91,6 +90,9 @@ def add_api(app: FastAPI, desk: Desk, limits: Limits, media: MediaLimits, metric
             return Response(status_code=499)  # nobody reads it
         except Exception as error:
             raise _failed(error, metrics, doing) from error
+
+    # A plain route: the body is read by `_chat`, and FastAPI has nothing to fill in.
+    app.add_route("/v1/chat/completions", chat, methods=["POST"])
 
 
 async def _chat(http: HttpRequest, desk: Desk, limits: Limits, media: MediaLimits, metrics: Metrics, doing: _Answering) -> Response:

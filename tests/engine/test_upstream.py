@@ -1,0 +1,226 @@
+"""The way to another server, on real sockets: connections are kept, left and lost as promised, and faults are httpx's."""
+
+import asyncio
+import gc
+import gzip
+import warnings
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing, suppress
+from typing import Any
+
+import httpx
+import pytest
+
+from intervale.engine.api import ChatTurn, EngineError, Request, Sampling
+from intervale.engine.remote import RemoteEngine
+from intervale.engine.upstream import Upstream
+
+ASK = Request((ChatTurn("user", ("hi",)),), Sampling(max_new_tokens=9))
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+WORD = b'data: {"choices": [{"delta": {"content": "he"}, "finish_reason": null}]}\n\n'
+END = b'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+LAST = b"0\r\n\r\n"
+
+Answer = Callable[[asyncio.StreamWriter, bytes], Awaitable[None]]
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Other:
+    """A server on a port of its own; `answer` writes what it likes. Counts connections, and those that the other side has closed."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer, self.opened, self.closed, self.heads, self.bodies = answer, 0, 0, list[bytes](), list[bytes]()
+
+    async def __aenter__(self) -> "Other":
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        self.server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.opened += 1
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+                self.heads.append(head)
+                self.bodies.append(await reader.readexactly(length))
+                answering = asyncio.ensure_future(self.answer(writer, self.bodies[-1]))
+                gone = asyncio.ensure_future(reader.read(1)) if self.answer is endless else None
+                await asyncio.wait([one for one in (answering, gone) if one], return_when=asyncio.FIRST_COMPLETED)
+                if gone is not None:
+                    answering.cancel()
+                    raise ConnectionError
+                if writer.is_closing():
+                    return
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self.closed += 1
+        finally:
+            writer.close()
+
+
+async def good(writer: asyncio.StreamWriter, body: bytes) -> None:
+    writer.write(HEAD + b"\r\n" + chunk(WORD) + chunk(END) + LAST)
+
+
+async def endless(writer: asyncio.StreamWriter, body: bytes) -> None:
+    writer.write(HEAD + b"\r\n")
+    while True:
+        writer.write(chunk(WORD))
+        await asyncio.sleep(0.005)
+
+
+async def breaks(writer: asyncio.StreamWriter, body: bytes) -> None:
+    writer.write(HEAD + b"\r\n" + chunk(WORD))
+    await writer.drain()
+    await asyncio.sleep(0.05)
+    writer.close()
+
+
+async def hangs_up(writer: asyncio.StreamWriter, body: bytes) -> None:
+    writer.close()
+
+
+async def said(remote: RemoteEngine) -> str:
+    async with aclosing(remote.answer(ASK)) as pieces:
+        return "".join([piece.text async for piece in pieces])
+
+
+async def until(true: Callable[[], bool]) -> None:
+    for _ in range(200):
+        if true():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError
+
+
+def test_a_connection_is_kept_when_its_answer_was_read_to_the_end() -> None:
+    async def run() -> None:
+        async with Other(good) as other:
+            remote = RemoteEngine(f"{other.url}/v1", ("m",), "sesame")
+            assert [await said(remote) for _ in range(5)] == ["he"] * 5
+            assert other.opened == 1
+            assert await asyncio.gather(*(said(remote) for _ in range(40))) == ["he"] * 40
+            assert other.opened <= 40
+            head = other.heads[-1].lower()
+            assert head.startswith(b"post /v1/chat/completions http/1.1")
+            for line in (b"authorization: bearer sesame", b"content-type: application/json", b"accept-encoding: identity"):
+                assert line in head
+
+    asyncio.run(run())
+
+
+def test_a_large_request_arrives_whole() -> None:
+    async def run() -> None:
+        async with Other(good) as other:
+            remote = RemoteEngine(f"{other.url}/v1", ("m",))
+            text = "菜" * 700_000
+            async for _ in remote.answer(Request((ChatTurn("user", (text,)),))):
+                pass
+            assert text.encode() in other.bodies[0]
+
+    asyncio.run(run())
+
+
+def test_leaving_an_answer_closes_its_connection_at_once() -> None:
+    async def run() -> None:
+        async with Other(endless) as other:
+            remote = RemoteEngine(f"{other.url}/v1", ("m",))
+            async with aclosing(remote.answer(ASK)) as pieces:
+                await anext(pieces)
+            await until(lambda: other.closed == 1)
+            waiting = asyncio.create_task(said(remote))  # a task that is cancelled leaves as well
+            await until(lambda: other.opened == 2)
+            await asyncio.sleep(0.02)
+            waiting.cancel()
+            with suppress(asyncio.CancelledError):
+                await waiting
+            await until(lambda: other.closed == 2)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("answer", "code", "asked"), [(breaks, "engine_interrupted", 1), (hangs_up, "engine_unavailable", 2)])
+def test_what_breaks_off_is_told_or_asked_again(answer: Answer, code: str, asked: int) -> None:
+    async def run() -> None:
+        async with Other(answer) as other:
+            remote = RemoteEngine(f"{other.url}/v1", ("m",), retries=1, pause=0.001)
+            with pytest.raises(EngineError) as error:
+                await said(remote)
+            assert (error.value.code, len(other.heads)) == (code, asked)
+
+    asyncio.run(run())
+
+
+def test_nobody_there_and_silence_are_told_apart() -> None:
+    async def silent(writer: asyncio.StreamWriter, body: bytes) -> None:
+        await asyncio.sleep(1)
+
+    async def run() -> None:
+        async with Other(silent) as other:
+            with pytest.raises(EngineError, match="does not answer"):
+                await said(RemoteEngine(f"{other.url}/v1", ("m",), retries=0, seconds=0.1))
+            url = other.url
+        with pytest.raises(EngineError, match="cannot be reached"):
+            await said(RemoteEngine(f"{url}/v1", ("m",), retries=0))
+
+    asyncio.run(run())
+
+
+def test_a_packed_answer_is_unpacked_once_and_a_redirect_is_not_followed() -> None:
+    async def packed(writer: asyncio.StreamWriter, body: bytes) -> None:
+        writer.write(HEAD + b"Content-Encoding: gzip\r\n\r\n" + chunk(gzip.compress(WORD + END)) + LAST)
+
+    async def elsewhere(writer: asyncio.StreamWriter, body: bytes) -> None:
+        writer.write(b"HTTP/1.1 307 x\r\nLocation: /elsewhere\r\nSet-Cookie: a=b\r\nContent-Length: 0\r\n\r\n")
+
+    async def run() -> None:
+        async with Other(packed) as other:
+            assert await said(RemoteEngine(f"{other.url}/v1", ("m",))) == "he"
+        async with Other(elsewhere) as other:
+            remote = RemoteEngine(f"{other.url}/v1", ("m",))
+            for _ in range(2):
+                with pytest.raises(EngineError, match="answered 307"):
+                    await said(remote)
+            assert len(other.heads) == 2
+            assert not any(b"cookie" in head.lower() for head in other.heads)
+
+    asyncio.run(run())
+
+
+def test_what_is_open_is_closed_with_its_event_loop() -> None:
+    remote = RemoteEngine("http://127.0.0.1:9/v1", ("m",), retries=0)
+
+    async def run() -> None:
+        async with Other(good) as other:
+            remote._asking = httpx.URL(f"{other.url}/v1/chat/completions")
+            assert await said(remote) == "he"
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):  # each loop has connections of its own
+            asyncio.run(run())
+        assert len(remote._ways) == 1  # those of loops that are over are forgotten
+        del remote, run
+        gc.collect()
+    assert not [one.message for one in told]
+
+
+def test_a_transport_that_is_closed_asks_no_more() -> None:
+    async def run() -> None:
+        async with Other(good) as other:
+            way = Upstream()
+            got = await way.handle_async_request(httpx.Request("POST", other.url, content=b"x"))
+            assert got.status_code == 200
+            await got.aclose()
+            await way.aclose()
+            await until(lambda: other.closed == 1)
+            with pytest.raises(RuntimeError):
+                await way.handle_async_request(httpx.Request("POST", other.url, content=b"x"))
+
+    asyncio.run(run())
