@@ -194,19 +194,18 @@ def test_a_packed_answer_is_unpacked_once_and_a_redirect_is_not_followed() -> No
 
 
 def test_what_is_open_is_closed_with_its_event_loop() -> None:
-    remote = RemoteEngine("http://127.0.0.1:9/v1", ("m",), retries=0)
-
-    async def run() -> None:
+    async def run(remote: RemoteEngine) -> None:
         async with Other(good) as other:
             remote._asking = httpx.URL(f"{other.url}/v1/chat/completions")
             assert await said(remote) == "he"
 
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
+        remote = RemoteEngine("http://127.0.0.1:9/v1", ("m",), retries=0)
         for _ in range(3):  # each loop has connections of its own
-            asyncio.run(run())
+            asyncio.run(run(remote))
         assert len(remote._ways) == 1  # those of loops that are over are forgotten
-        del remote, run
+        remote = None  # type: ignore[assignment]
         gc.collect()
     assert not [one.message for one in told]
 
