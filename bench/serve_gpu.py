@@ -7,7 +7,6 @@ python bench/serve_gpu.py --engine-python PY --work FOLDER --out FOLDER [--photo
   ours     `intervale serve --engine lmdeploy` on the official export: answers to the cases, then 32 clients and single ones, through
            the gateway and directly at the LMDeploy behind it, in turn; how often a tile was encoded, by TurboMind's log
   plain    the same load, one round, with INTERVALE_ENGINE_PATCHES=off: what our changes to LMDeploy bring
-  every    and with INTERVALE_ENGINE_PATCHES=all
   parity   LMDeploy's logits and its served tokens against the network in transformers, with a wrong picture as the control
   shipped  the same load on `lmdeploy serve api_server` with its own defaults
   hf       LMDeploy on the hf export
@@ -32,7 +31,7 @@ from serve_gpu_engine import engine_of, tiles_encoded
 from stream_client import Server, ask, data_url, parts, pictures
 
 HERE = Path(__file__).parent
-STAGES = ("make", "ours", "plain", "every", "parity", "shipped", "hf")
+STAGES = ("make", "ours", "plain", "parity", "shipped", "hf")
 _WORDS = "请描述这张照片里的菜品，并说出它的主要食材。"
 _LONG = "What is on the plate, and where is it from? " * 6
 _STARTED: list[subprocess.Popen] = []
@@ -256,17 +255,10 @@ class Bench:
 
     def plain(self) -> None:
         """The load on LMDeploy without our changes, else started as ours."""
-        self._changed("plain", "off")
-
-    def every(self) -> None:
-        """The load with all our changes, those too that are made only when asked for."""
-        self._changed("every", "all")
-
-    def _changed(self, name: str, changes: str) -> None:
-        servers, process = self.serve(self.work / "official", name=name, INTERVALE_ENGINE_PATCHES=changes)
-        self.loads(servers, f"{name}: ", 1)
-        self.tiles(servers, name, f"{name}: ")
-        self.keep_log(name)
+        servers, process = self.serve(self.work / "official", name="plain", INTERVALE_ENGINE_PATCHES="off")
+        self.loads(servers, "plain: ", 1)
+        self.tiles(servers, "plain", "plain: ")
+        self.keep_log("plain")
         stop(process)
 
     def parity(self) -> None:

@@ -181,7 +181,6 @@ def test_the_launcher_registers_official_folders_also_in_spawned_processes_and_e
         "PYTHONPATH": str(tmp_path),
         "PYTHONSAFEPATH": "1",  # a script's folder is not where modules come from
         "INTERVALE_ENGINE": "1",
-        "INTERVALE_ENGINE_PATCHES": "all",
         "INTERVALE_ENGINE_KEY": "k",
         "INTERVALE_TILING_THREADS": "3",
     }

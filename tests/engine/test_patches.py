@@ -339,20 +339,21 @@ def test_the_changes_can_be_left_out_or_chosen_and_those_of_turbomind_are_not_ma
         lmdeploy_patches.apply(backend)
         return capsys.readouterr().out.strip().removeprefix("intervale: ")
 
-    infer = lmdeploy.TurboMindInstance.async_stream_infer
+    infer, semaphore = lmdeploy.TurboMindInstance.async_stream_infer, lmdeploy.StreamingSemaphore
     assert said("turbomind", "off") == "changes to LMDeploy: none"
     assert said("pytorch", None) == "changes to LMDeploy: detokenizer, metrics"
-    assert lmdeploy.TurboMindInstance.async_stream_infer is infer
-    assert said("turbomind", None) == "changes to LMDeploy: detokenizer, metrics, fingerprints"
-    assert lmdeploy.TurboMindInstance.async_stream_infer is infer, "the gate is measured on a GPU first"
+    assert said("turbomind", "fingerprints,detokenizer") == "changes to LMDeploy: fingerprints, detokenizer"
+    assert (lmdeploy.TurboMindInstance.async_stream_infer, lmdeploy.StreamingSemaphore) == (infer, semaphore)
     assert said("turbomind", "gate,pace") == "changes to LMDeploy: gate, pace"
+    assert lmdeploy.TurboMindInstance.async_stream_infer is not infer
+    assert lmdeploy.StreamingSemaphore is not semaphore
     assert "there is no 'gates'" in said("turbomind", "gates")
 
 
-def test_all_changes_hold_together_in_the_launchers_order(
+def test_all_changes_are_made_unasked_and_hold_together_in_the_launchers_order(
     lmdeploy: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("INTERVALE_ENGINE_PATCHES", "all")
+    monkeypatch.delenv("INTERVALE_ENGINE_PATCHES", raising=False)
     assert lmdeploy_launcher.more_tiling_threads(2)
     lmdeploy_patches.apply("turbomind")
     assert capsys.readouterr().out == "intervale: changes to LMDeploy: detokenizer, metrics, gate, fingerprints, pace\n"

@@ -1,8 +1,7 @@
 """What our launcher changes in LMDeploy 0.18 before it starts, for speed. Loaded by path, in LMDeploy's environment; nothing of intervale is there.
 
 Promises: answers stay what they were, token by token. Each change is a function that says whether it was made; where this LMDeploy is built
-otherwise it changes nothing. `gate` and `pace` are made only when asked for: they are not measured on a GPU yet. `INTERVALE_ENGINE_PATCHES=all`
-makes all, `off` none, names with commas take those alone: to measure what they bring.
+otherwise it changes nothing. All are made; `INTERVALE_ENGINE_PATCHES=off` makes none, names with commas those alone: to measure what they bring.
 """
 
 from __future__ import annotations
@@ -313,19 +312,18 @@ def _detokenizer(module: Any) -> tuple[Any, Any]:
 
 EVERYWHERE: dict[str, Callable[[], bool]] = {"detokenizer": detokenizer, "metrics": metrics}  # also before LMDeploy's PyTorch engine
 TURBOMIND: dict[str, Callable[[], bool]] = {"gate": gate, "fingerprints": fingerprints, "pace": pace}
-USUAL = ("detokenizer", "metrics", "fingerprints")
 
 
 def apply(backend: str) -> None:
     """Make the changes that hold for this backend, and say which."""
     known = EVERYWHERE | TURBOMIND
-    named = os.environ.get("INTERVALE_ENGINE_PATCHES", ",".join(USUAL))
-    asked = [*known] if named == "all" else [name for name in named.split(",") if name]
+    named = os.environ.get("INTERVALE_ENGINE_PATCHES")
+    asked = [*known] if named is None else [name for name in named.split(",") if name]
     made = []
     for name in asked:
         if name not in known:
             if name != "off":
-                print(f"intervale: INTERVALE_ENGINE_PATCHES: there is no {name!r}, there are {', '.join(known)}, all and off", flush=True)
+                print(f"intervale: INTERVALE_ENGINE_PATCHES: there is no {name!r}, there are {', '.join(known)} and off", flush=True)
         elif name in EVERYWHERE or backend == "turbomind":
             why = ""
             try:
