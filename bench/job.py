@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -24,8 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import train_sides
+import yaml
 from PIL import Image
 from train_data import MOST_TILES, base_model, draw_picture, on_all_cores, question_and_answer, set_keys
+
+from intervale.core.runlog import METRICS, read_metrics
 
 LEAN = {"pack_tokens": 1, "checkpointing": "on"}
 
@@ -84,8 +88,7 @@ def write_source(folder: Path, given: argparse.Namespace) -> Path:
 
 def command(stage: str, seconds: dict[str, float], device: str, *words: object) -> None:
     """Run an `intervale` command as a user would, and note its seconds. Its failure ends the benchmark."""
-    paths = [str(train_sides.SRC), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "INTERVALE_DEVICE": device}
+    environment = train_sides.environment_of(device)
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "intervale", *map(str, words)], env=environment, check=False)
     seconds[stage] = round(time.monotonic() - begun, 2)
@@ -110,36 +113,71 @@ def recipe_of(given: argparse.Namespace, base: Path, data: Path, out: Path) -> d
     return recipe
 
 
-def training_stages(found: dict[str, Any]) -> dict[str, float]:
-    """Seconds of the training by stage, from when its log lines and its metrics appeared.
+def train(recipe: dict[str, Any], case: Path, device: str, limit: float) -> dict[str, Any]:
+    """`intervale train` as a user runs it; when its log and metrics lines appeared. Its failure ends the benchmark, and so does `limit`."""
+    path, log, out = case / "job.yaml", case / "train.log", Path(recipe["out"])
+    path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    words = [sys.executable, "-m", "intervale", "train", str(path)]
+    environment = train_sides.environment_of(device) | {"INTERVALE_LANG": "en"}  # the stages are known by its lines
+    seen = train_sides.watch(words, environment, log, [log, out / METRICS], limit)
+    if seen.late or seen.code:
+        why = f"not done after {limit:.1f} s" if seen.late else f"exit code {seen.code}"
+        raise SystemExit(f"training failed: {why}\n" + "\n".join(train_sides.last_lines(log)))
+    texts = log.read_text(encoding="utf-8", errors="replace").split("\n")  # not at \r: a progress bar is one line
+    told = list(zip(seen.times[log], texts, strict=False))  # the end of a text is no line
+    for at, text in told:
+        print(f"{at - seen.started:7.1f} s  {text}")
+    lines = list(zip(seen.times[out / METRICS], read_metrics(out), strict=True))
+    return {"started": seen.started, "process_s": seen.seconds, "told": told, "lines": lines}
 
-    start: imports and the measuring of the data; load: the network; ready to step 1: whatever happens before the first step that is not
-    the step (loading ahead, encoding pictures); steps: all optimizer steps, as they tell their own seconds; between: waiting for data,
-    checkpoints on the way and plots; save: after the last step; end: the process's own end.
+
+def told_at(told: list[tuple[float, str]], beginning: str) -> float:
+    """When the line came that begins so (a regular expression). Other lines may stand between: libraries warn on the same stream."""
+    for at, text in told:
+        if re.match(beginning, text):
+            return at
+    raise SystemExit(f"no line of the training begins with {beginning!r}: its stages cannot be told apart")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The device, asked in a process of its own: this one holds no part of the GPU."""
+    code = f"import json, train_sides; print(json.dumps(train_sides.machine({device!r})))"
+    environment = train_sides.environment_of(device, train_sides.HERE)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
+
+
+def training_stages(found: dict[str, Any]) -> dict[str, float]:
+    """Seconds of the training's process by stage, from when its log lines and its metrics appeared.
+
+    start: the process's start, imports and the measuring of the data; load: the network; ready to step 1: whatever happens before the
+    first step that is not the step (loading ahead, encoding pictures); steps: all optimizer steps, as they tell their own seconds;
+    between: waiting for data, checkpoints on the way and plots; save: from the last step to "done"; end: the process's own end.
     """
-    lines = [(at, line) for at, line in zip(found["line_times"], found["lines"], strict=False) if "loss" in line]
-    told = found["told"]
-    loading = next((at for at, text in told if text.startswith(("loading ", "载入"))), found["begun"])
-    loaded = next((at for at, _ in told if at > loading), loading)
+    lines, told, started = [(at, line) for at, line in found["lines"] if "loss" in line], found["told"], found["started"]
+    loading, loaded, done = (told_at(told, beginning) for beginning in ("loading ", r"[\d,]+ items", "done: "))
     first, last = lines[0], lines[-1]
     steps = sum(line["seconds"] for _, line in lines)
     return {
-        "start": loading - found["started"],
+        "start": loading - started,
         "load": loaded - loading,
         "ready to step 1": first[0] - loaded - first[1]["seconds"],
         "steps": steps,
         "between": last[0] - first[0] - (steps - first[1]["seconds"]),
-        "save": found["ended"] - last[0],
-        "end": found["started"] + found["process_s"] - found["ended"],
+        "save": done - last[0],
+        "end": started + found["process_s"] - done,
     }
 
 
 def training_numbers(found: dict[str, Any]) -> dict[str, Any]:
-    """Rates, memory and losses of the training; seconds of the first and of the last epoch (the first encodes the pictures)."""
-    lines = [line for line in found["lines"] if "loss" in line]
+    """Rates, memory and losses of the training; seconds of the first and of the last epoch (the first encodes the pictures).
+
+    The peak is what torch allocated (CPU: the resident set) as the metrics tell it: to the end of the last step, without the last save.
+    """
+    lines = [line for _, line in found["lines"] if "loss" in line]
     epochs = max(1, round(lines[-1]["epoch"]))
     each = len(lines) // epochs
-    known = {key: value for line in found["lines"] for key, value in line.items() if "encode" in key or "feature" in key}
+    known = {key: value for _, line in found["lines"] for key, value in line.items() if "encode" in key or "feature" in key}
     seconds = [line["seconds"] for line in lines]
     return {
         "steps": len(lines),
@@ -149,8 +187,7 @@ def training_numbers(found: dict[str, Any]) -> dict[str, Any]:
         "first_epoch_s": round(sum(seconds[:each]), 2),
         "last_epoch_s": round(sum(seconds[-each:]), 2),
         "samples_s_steady": round(lines[-1]["samples"] / statistics.median(seconds[-each:]), 3) if epochs > 1 else None,
-        "peak_gib": found["peak_gib"],
-        "reserved_gib": found.get("reserved_gib"),
+        "peak_gib": max(line["memory_gib"] for line in lines),
         "first_loss": lines[0]["loss"],
         "last_loss": lines[-1]["loss"],
     } | known
@@ -167,21 +204,17 @@ def run(given: argparse.Namespace, work: Path) -> dict[str, Any]:
     weight = sum(path.stat().st_size for path in (case / "source" / "images").iterdir()) / 2**20
     print(f"[random base and {weight:.0f} MiB of photographs: {time.monotonic() - begun:.0f} s, no part of the job]", flush=True)
     command("prepare", seconds, given.device, "prepare", "llava", source, case / "data", "--image-root", case / "source")
-    left = max(60.0, given.budget - (time.monotonic() - begun))
-    found = train_sides.run_child({"side": "ours", "name": "job", "recipe": recipe, "device": given.device}, work, left)
-    if "error" in found:
-        raise SystemExit(f"training failed: {found['error']}\n" + "\n".join(found.get("log", [])))
-    for at, text in found["told"]:
-        print(f"{at - found['begun']:7.1f} s  {text}")
+    left = max(0.0, given.budget - (time.monotonic() - begun))
+    found = train(recipe, case, given.device, left)
     stages = {name: round(value, 2) for name, value in training_stages(found).items()}
     seconds["train"] = round(found["process_s"], 2)
     if not given.no_export:
         command("export", seconds, given.device, "export", case / "run", case / "tuned", "--format", "hf")
+    versions = json.loads((case / "run" / "run.json").read_text(encoding="utf-8"))["versions"]
     shutil.rmtree(case)
-    machine = {key: found[key] for key in ("device", "cuda", "threads", "versions") if key in found}
     settings = {key: getattr(given, key) for key in ("preset", "items", "k", "size", "epochs", "lean", "workers", "set")}
     settings["photos"] = bool(given.photos)
-    head = {"bench": "job", "date": datetime.date.today().isoformat(), **machine, "case": settings}
+    head = {"bench": "job", "date": datetime.date.today().isoformat(), **machine(given.device), "versions": versions, "case": settings}
     return head | {"seconds": seconds, "training_seconds": stages, "training": training_numbers(found)}
 
 
@@ -203,9 +236,7 @@ def main() -> None:
         f"{numbers['steps']} steps, {numbers['samples']} samples; first epoch {numbers['first_epoch_s']} s, last {numbers['last_epoch_s']} s; ",
         end="",
     )
-    print(
-        f"peak {numbers['peak_gib']} GiB (held {numbers['reserved_gib']}); loss {numbers['first_loss']:.3f} -> {numbers['last_loss']:.3f}"
-    )
+    print(f"peak {numbers['peak_gib']} GiB; loss {numbers['first_loss']:.3f} -> {numbers['last_loss']:.3f}")
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """The two sides of the training benchmarks, each in a process of its own: `stock` (transformers + PEFT) and `ours` (intervale).
 
-python bench/train_sides.py SPEC.json   is such a process; `run_child` starts one and reads what it leaves.
+python bench/train_sides.py SPEC.json   is such a process; `run_child` starts one and reads what it leaves; `watch` runs any command
+and notes when its lines appear.
 
 `stock` is the loop a user of transformers and PEFT writes, with what HF's Trainer does for bf16=True: bfloat16 weights under autocast,
 what learns in float32, the loss divided by the target tokens of the whole step, gradient clipping, fused AdamW. It is favoured where
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,57 +35,82 @@ _GIB = 1 << 30
 # ---- the parent's part: no torch here, so that the parent holds no part of the GPU
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A process and what was seen of it; times are seconds of the epoch."""
+
+    code: int
+    late: bool  # was it ended for taking too long?
+    started: float
+    seconds: float
+    times: dict[Path, list[float]]  # of each file that was asked for: when each of its lines appeared
+
+
+def environment_of(device: str, *folders: Path) -> dict[str, str]:
+    """A child's environment: our package and `folders` to import from, the device to use, each line written when it is said."""
+    paths = [*map(str, (SRC, *folders)), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "INTERVALE_DEVICE": device}
+
+
+def watch(command: list[str], environment: dict[str, str], log: Path, files: list[Path], limit: float) -> Watched:
+    """Run a command, what it says going to `log`, and note when the lines of `files` appear (`log` may be one of them). Its process
+    group ends with it, at the latest after `limit` seconds."""
+    times: dict[Path, list[float]] = {path: [] for path in files}
+    sizes = dict.fromkeys(files, 0)
+    with open(log, "w", encoding="utf-8") as said:
+        started, until = time.time(), time.monotonic() + limit
+        child = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        try:
+            while True:
+                ended = child.poll() is not None
+                seconds = time.time() - started
+                for path in files:
+                    with contextlib.suppress(FileNotFoundError):
+                        if path.stat().st_size > sizes[path]:
+                            text = path.read_bytes()
+                            sizes[path] = len(text)
+                            times[path] += [time.time()] * (text.count(b"\n") - len(times[path]))
+                if ended or time.monotonic() > until:
+                    break
+                time.sleep(_POLL)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # the loader's processes are in its group
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    return Watched(child.returncode, not ended, started, seconds, times)
+
+
 def run_child(spec: dict[str, Any], work: Path, limit: float) -> dict[str, Any]:
     """Run a side; its result, with `error` when it failed. For `ours`: `line_times`, when each line of metrics.jsonl appeared."""
     name = spec["name"]
     spec = spec | {"result": str(work / f"{name}.result.json")}
     Path(spec["result"]).unlink(missing_ok=True)
     (work / f"{name}.spec.json").write_text(json.dumps(spec), encoding="utf-8")
-    paths = [str(SRC), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "INTERVALE_DEVICE": spec["device"]}
-    metrics = Path(spec["recipe"]["out"]) / "metrics.jsonl" if spec["side"] == "ours" else None
-    started, log = time.time(), work / f"{name}.log"
+    metrics = [Path(spec["recipe"]["out"]) / "metrics.jsonl"] if spec["side"] == "ours" else []
+    log = work / f"{name}.log"
     command = [sys.executable, str(HERE / "train_sides.py"), str(work / f"{name}.spec.json")]
-    with open(log, "w", encoding="utf-8") as file:
-        child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-        try:
-            times, late = _watch(child, metrics, limit)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # the loader's processes are in its group
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-    result = _result_of(Path(spec["result"]), late, limit, log)
-    return result | {"started": started, "line_times": times, "process_s": time.time() - started}
+    seen = watch(command, environment_of(spec["device"], HERE), log, metrics, limit)
+    result = _result_of(Path(spec["result"]), seen.late, limit, log)
+    times = seen.times[metrics[0]] if metrics else []
+    return result | {"started": seen.started, "line_times": times, "process_s": seen.seconds}
 
 
-def _watch(child: subprocess.Popen[bytes], metrics: Path | None, limit: float) -> tuple[list[float], bool]:
-    """(the time of every new line of a file while the process runs, was it too late?)."""
-    times: list[float] = []
-    size = 0
-    until = time.monotonic() + limit
-    while True:
-        ended = child.poll() is not None
-        with contextlib.suppress(FileNotFoundError):
-            if metrics and metrics.stat().st_size > size:
-                text = metrics.read_bytes()
-                size = len(text)
-                times += [time.time()] * (text.count(b"\n") - len(times))
-        if ended or time.monotonic() > until:
-            return times, not ended
-        time.sleep(_POLL)
+def last_lines(log: Path) -> list[str]:
+    """The end of what a process said."""
+    return log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
 
 
 def _result_of(path: Path, late: bool, limit: float, log: Path) -> dict[str, Any]:
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-12:]
-    return {"error": f"not done after {limit:.0f} s" if late else "the process died", "log": tail}
+    return {"error": f"not done after {limit:.0f} s" if late else "the process died", "log": last_lines(log)}
 
 
 # ---- the children's part
 
 
-def _machine(device: str) -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
+    """The GPU's name and CUDA's version, or how many threads the CPU's work takes. Touches the GPU: for a child only."""
     import torch
 
     if device == "cuda":
@@ -118,7 +145,7 @@ def ours(spec: dict[str, Any]) -> dict[str, Any]:
     ended = time.time()
     lines = read_metrics(Path(spec["recipe"]["out"]))
     found = {"begun": begun, "ended": ended, "told": told, "lines": lines, "status": outcome.status, "versions": versions()}
-    return found | _memory(spec["device"]) | _machine(spec["device"])
+    return found | _memory(spec["device"]) | machine(spec["device"])
 
 
 def _stock_network(spec: dict[str, Any], image_token: int) -> Any:
@@ -216,7 +243,7 @@ def stock(spec: dict[str, Any]) -> dict[str, Any]:
         lines.append({"step": number + 1, **line, "samples": len(chosen), "seconds": time.monotonic() - start})
     attention = getattr(network.config.text_config, "_attn_implementation", None)
     found = {"begun": begun, "ready": ready, "ended": time.time(), "lines": lines, "own_times": times, "versions": versions()}
-    return found | {"attention": attention, "status": "done"} | _memory(spec["device"]) | _machine(spec["device"])
+    return found | {"attention": attention, "status": "done"} | _memory(spec["device"]) | machine(spec["device"])
 
 
 def _stock_step(network: Any, optimizer: Any, learning: list[Any], rows: list[Any], spec: dict[str, Any]) -> dict[str, Any]:

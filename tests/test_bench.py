@@ -1,5 +1,6 @@
 """The training benchmark compares the same mathematics: both sides start from the same loss, on the same items in the same order."""
 
+import contextlib
 import json
 import math
 import os
@@ -50,3 +51,52 @@ def test_the_benchmark_of_evaluate_asks_the_same_every_way(tmp_path: Path) -> No
     assert (told["answer"]["differ"], told["evaluate"]["differ"], told["evaluate"]["of"]) == (0, 0, 8)
     assert set(told["score"]["shared_faster_than"]) == {"separate", "batched"}
     assert {"device", "versions", "precision", "threads"} <= set(told)
+
+
+def _job(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(intervale.__file__).parents[1])}
+    sizes = ["--preset", "tiny", "--device", "cpu", "--items", "8", "--size", "400x300", "--workers", "0", "--epochs", "2"]
+    command = [sys.executable, str(BENCH / "job.py"), *sizes, "--work", str(tmp_path), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_job_accounts_for_every_second_of_the_training(tmp_path: Path) -> None:
+    done = _job(tmp_path, "--out", str(tmp_path / "results.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert told == json.loads((tmp_path / "results.json").read_text())
+    assert set(told["seconds"]) == {"prepare", "train", "export"}
+    assert list(told["training_seconds"]) == ["start", "load", "ready to step 1", "steps", "between", "save", "end"]
+    assert min(told["training_seconds"].values()) > -0.1, "a stage ends before it begins"
+    assert sum(told["training_seconds"].values()) == pytest.approx(told["seconds"]["train"], abs=0.05)  # of seven rounded numbers
+    assert (told["training"]["steps"], told["training"]["samples"]) == (2, 16)
+    assert told["training"]["peak_gib"] > 0
+    assert {"device", "threads", "versions"} <= set(told)
+    assert not list(tmp_path.glob("job-*")), "the job's files are left"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--set", "data.train=/nowhere.jsonl"], "exit code 1\nerror: /nowhere.jsonl: cannot be read"),
+        (["--epochs", "100000", "--budget", "5"], "not done after"),
+    ],
+    ids=["a fault", "its time is over"],
+)
+def test_a_training_that_does_not_end_well_ends_the_benchmark_of_the_job(tmp_path: Path, words: list[str], why: str) -> None:
+    done = _job(tmp_path, *words)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"training failed: {why}" in done.stderr
+    assert "[export" not in done.stdout
+    assert str(tmp_path) not in _commands(), "the training goes on"
+
+
+def _commands() -> str:
+    """The command lines of all processes (Linux)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return "\n".join(found)

@@ -162,3 +162,32 @@ def test_a_walk_over_fast_layers_is_the_walk_over_pefts_within_bfloat16(compiled
         assert found.keys() == wanted.keys()
         worst = max((apart(found[name], wanted[name]), name) for name in wanted)
         assert worst[0] < 0.02, (groups, worst)  # two bfloat16 ways through three layers: 0.01 was seen
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_kernels_built_ahead_are_those_that_every_pack_asks_for(dropout: float) -> None:
+    from intervale.model.fast_lora import make_fast
+    from intervale.model.lora_kernels import _back_kernel, _down_kernel
+
+    def built() -> int:
+        return sum(len(kernel.device_caches[0][0]) for kernel in (_down_kernel, _back_kernel))
+
+    networks = [layer(inputs, outputs, False, dropout, rank=64) for inputs, outputs, _ in SIZES]  # no other test's rank
+    adapters = [make_fast(network) for network in networks]
+    before = built()
+    for adapter in adapters:
+        assert adapter is not None
+        for build in adapter.builds():
+            build()
+    ahead = built()
+    assert ahead > before
+    for network, (inputs, outputs, _), adapter in zip(networks, SIZES, adapters, strict=True):
+        assert adapter is not None
+        adapter.refresh()
+        adapter.draw()
+        for tokens in (1, 33, 64, 4096):
+            x = torch.randn(1, tokens, inputs, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            found = network.together(x) if len(outputs) == 3 else (network.o_proj(x),)
+            sum(one.float().sum() for one in found).backward()
+    torch.cuda.synchronize()
+    assert built() == ahead

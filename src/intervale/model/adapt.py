@@ -13,6 +13,7 @@ import hashlib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from intervale.model.source import add_ends, fingerprint
 
 TRAINED, BASE, ADAPTER, MANIFEST = "trained.safetensors", "base.json", "adapter_model.safetensors", "MANIFEST.json"
 CHECKPOINTS = "checkpoints"
+_HASHERS = 4  # files hashed at once: adapter, optimizer, and what is small
 PARTS = {"vision": "model.vision_tower.", "projector": "model.multi_modal_projector.", "llm": ("model.language_model.", "lm_head.")}
 _VISION_LINEARS = r"attention\.(q_proj|k_proj|v_proj|projection_layer)|mlp\.(fc1|fc2)"
 
@@ -136,7 +138,10 @@ def save_trained(folder: Path, network: torch.nn.Module, base: dict[str, str], v
 
 def write_manifest(folder: Path, step: int) -> None:
     """List every file of a checkpoint folder (a staged one) with its size and sha256: the last file to be written."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())}
+    paths = sorted(folder.iterdir())
+    with ThreadPoolExecutor(_HASHERS) as pool:  # hashing leaves the interpreter lock alone
+        digests = pool.map(sha256_file, paths)
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": digest} for path, digest in zip(paths, digests, strict=True)}
     write_json(folder / MANIFEST, {"step": step, "files": files})
 
 

@@ -35,6 +35,9 @@ class Adapter(Protocol):
     def draw(self) -> None:
         """Draw the dropout masks of a micro-batch."""
 
+    def builds(self) -> list[Callable[[], None]]:
+        """What builds its kernels ahead of the first pass, for the current GPU."""
+
 
 @dataclass(frozen=True)
 class Walk:
@@ -95,6 +98,16 @@ def _mlp_part(layer: Any, hidden_ND: torch.Tensor) -> torch.Tensor:
     else:
         seen = hidden_ND + mlp(normed_ND)
     return seen
+
+
+def prepare_compiler(device: torch.device) -> None:
+    """Compile next to nothing: torch imports its compiler, starts its processes and reads its patterns, which the layers then find ready.
+
+    Cost: a few seconds, once, most of them with the interpreter lock.
+    """
+    inductor.compile_threads = min(_COMPILERS, os.cpu_count() or 1)
+    function = torch.compile(lambda x: x * x.sigmoid(), dynamic=True)
+    function(torch.ones(16, 16, device=device, requires_grad=True)).sum().backward()
 
 
 @cache

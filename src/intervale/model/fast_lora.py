@@ -13,7 +13,8 @@ and the products with 0 (with InternVL2-2B, rank 128 and 3,400 tokens 6% of a st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from peft.tuners.lora import Linear
 from torch.library import triton_op
 from torch.nn import functional
 
-from intervale.model.lora_kernels import back, down
+from intervale.model.lora_kernels import back, build, down
 
 _MOST_RANKS = 384  # of layers that are served at once: what a multiprocessor's registers hold
 
@@ -123,6 +124,11 @@ class Together(torch.nn.Module):
             yield self.small_GRK[at * rank : (at + 1) * rank], self.firsts[at].detach()
             yield rows_NKR[:, inputs + at * rank : inputs + (at + 1) * rank], self.seconds[at].detach()
 
+    def sizes(self) -> tuple[Any, ...]:
+        """What its kernels are built for, as `lora_kernels.build` takes it."""
+        layers, inputs = len(self.outputs), self.small_GRK.shape[1]
+        return inputs, len(self.firsts[0]), layers, sum(self.outputs) >= inputs, self.dropout, self.scale, self.wide_NKR.dtype
+
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Every layer's output for x of any leading shape."""
         y_TN, _ = torch.ops.intervale.lora_linear(
@@ -160,6 +166,11 @@ class FastLora:
         self._draws = torch.zeros(sum(len(one.outputs) for one in found), dtype=torch.int64, device=found[0].draws_G.device)
         for together, own in zip(found, self._draws.split([len(one.outputs) for one in found]), strict=True):
             together.draws_G = own
+        self._sizes = {together.sizes() for together in found}
+
+    def builds(self) -> list[Callable[[], None]]:
+        """What builds its kernels ahead of the first pass, for the current GPU; each may run in a thread of its own."""
+        return [partial(build, *sizes) for sizes in self._sizes]
 
     @torch.no_grad()
     def refresh(self) -> None:

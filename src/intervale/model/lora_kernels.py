@@ -36,7 +36,12 @@ def _dropped(x, draw_ptr, rows, columns, threshold):
     return tl.where(kept, x, 0.0)
 
 
-@triton.jit
+# One build serves all packs: without these words Triton builds anew, a second each, where the tokens are a multiple of 16, and for every
+# other place of the draws. Neither says how x is read.
+_built_once = triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["draw_ptr"])
+
+
+@_built_once
 def _down_kernel(
     x_ptr, a_ptr, wide_ptr, h_ptr, draw_ptr, tokens, x_stride, wide_stride, threshold, share,
     K: tl.constexpr, R: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -82,7 +87,7 @@ def _back_step(x, dh_places, a, draw_ptr, rows, inside, columns, threshold, tota
     return total, dx
 
 
-@triton.jit
+@_built_once
 def _back_kernel(
     x_ptr, a_ptr, frozen_ptr, dh_ptr, dx_ptr, parts_ptr, draw_ptr, tokens, x_stride, frozen_stride, dh_stride, threshold, share,
     K: tl.constexpr, R: tl.constexpr, G: tl.constexpr, DROP: tl.constexpr, INPUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -126,6 +131,28 @@ def _threshold(dropout: float) -> int:
     return min(int(dropout * 2**32), 2**32 - 1)
 
 
+def _warps(r: int) -> int:
+    return 8 if r >= 128 else 4
+
+
+def build(k: int, r: int, layers: int, wide: bool, dropout: float, scale: float, dtype: torch.dtype) -> None:
+    """Build the kernels of `layers` layers of these sizes for the current GPU, without running them: `down` and `back` find them built.
+
+    Cost: about a second, most of it without the interpreter lock. The way back is built as where the gradient of x is wanted.
+    """
+    both, tokens, share = layers * r, _ROWS, scale / (1 - dropout)
+    sizes = {"K": k, "R": r, "G": layers}
+    if dropout:
+        _down_kernel.warmup(
+            dtype, dtype, dtype, dtype, torch.int64, tokens, k, k + both if wide else both, _threshold(dropout), share,
+            WIDE=wide, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_warps(r), num_stages=_STAGES, grid=(1,), **sizes,
+        )  # fmt: skip
+    _back_kernel.warmup(
+        dtype, dtype, dtype, dtype, dtype, torch.float32, torch.int64, tokens, k, k + both, k + both, _threshold(dropout), share,
+        DROP=dropout > 0, INPUT=True, ROWS=_BACK_ROWS, COLUMNS=_BACK_COLUMNS, num_warps=8, num_stages=_BACK_STAGES, grid=(1,), **sizes,
+    )  # fmt: skip
+
+
 def down(
     x_TK: torch.Tensor, a_GRK: torch.Tensor, draws_G: torch.Tensor, dropout: float, scale: float, wide: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -140,7 +167,7 @@ def down(
     wide_TKGR = torch.empty(tokens, k + both, device=x_TK.device, dtype=x_TK.dtype) if wide else h_TGR
     wrap_triton(_down_kernel)[(triton.cdiv(tokens, _ROWS),)](
         x_TK, a_GRK, wide_TKGR, h_TGR, draws_G, tokens, x_TK.stride(0), wide_TKGR.stride(0), _threshold(dropout), scale / (1 - dropout),
-        K=k, R=r, G=layers, WIDE=wide, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=8 if r >= 128 else 4, num_stages=_STAGES,
+        K=k, R=r, G=layers, WIDE=wide, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_warps(r), num_stages=_STAGES,
     )  # fmt: skip
     return h_TGR, wide_TKGR if wide else None
 

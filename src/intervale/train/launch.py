@@ -159,9 +159,9 @@ def spared() -> Iterator[None]:
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """End a process that is one of several once its exit handlers have run, without taking the interpreter apart.
+    """End a process that is one of several, or holds a GPU, once its exit handlers have run, without taking the interpreter apart.
 
-    Seen once: signal 6 ("terminate called without an active exception") after all work was done. That a thread of torch.distributed
+    Of several, seen once: signal 6 ("terminate called without an active exception") after all work was done. That a thread of torch.distributed
     wanted Python while it was taken apart is inferred; it could not be made to happen again.
     """
     atexit._run_exitfuncs()
