@@ -3,9 +3,13 @@
 import asyncio
 import gc
 import gzip
+import shutil
+import ssl
+import subprocess
 import warnings
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing, suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -31,11 +35,12 @@ def chunk(data: bytes) -> bytes:
 class Other:
     """A server on a port of its own; `answer` writes what it likes. Counts connections, and those that the other side has closed."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, tls: ssl.SSLContext | None = None) -> None:
+        self.tls = tls
         self.answer, self.opened, self.closed, self.heads, self.bodies = answer, 0, 0, list[bytes](), list[bytes]()
 
     async def __aenter__(self) -> "Other":
-        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self.tls)
         self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
         return self
 
@@ -210,10 +215,42 @@ def test_what_is_open_is_closed_with_its_event_loop() -> None:
     assert not [one.message for one in told]
 
 
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl to make a certificate with")
+def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, own = tmp_path / "key.pem", tmp_path / "own.pem"
+    words = [
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        "subjectAltName=DNS:localhost",
+    ]
+    subprocess.run(["openssl", *words, "-keyout", str(key), "-out", str(own)], check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(own, key)
+
+    async def run() -> str:
+        async with Other(good, context) as other:
+            remote = RemoteEngine(f"{other.url.replace('http', 'https').replace('127.0.0.1', 'localhost')}/v1", ("m",), retries=0)
+            return await said(remote)
+
+    with pytest.raises(EngineError, match="cannot be reached"):
+        asyncio.run(run())
+    vouched = ssl.create_default_context(cafile=str(own))
+    monkeypatch.setattr(httpx, "create_ssl_context", lambda **_: vouched)
+    assert asyncio.run(run()) == "he"
+
+
 def test_a_transport_that_is_closed_asks_no_more() -> None:
     async def run() -> None:
         async with Other(good) as other:
-            way = Upstream()
+            way = Upstream(secure=False)
             got = await way.handle_async_request(httpx.Request("POST", other.url, content=b"x"))
             assert got.status_code == 200
             await got.aclose()

@@ -167,7 +167,9 @@ class RemoteEngine:
             return self._given
         loop = asyncio.get_running_loop()
         if loop not in self._ways:
-            self._ways = {other: way for other, way in self._ways.items() if not other.is_closed()} | {loop: Upstream()}
+            self._ways = {other: way for other, way in self._ways.items() if not other.is_closed()} | {
+                loop: Upstream(self._asking.scheme == "https")
+            }
         return self._ways[loop]
 
     async def _leave(self) -> None:

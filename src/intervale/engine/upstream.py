@@ -43,11 +43,14 @@ class _Parts(httpx.AsyncByteStream):
 
 
 class Upstream(httpx.AsyncBaseTransport):
-    """Connections of one event loop, which must be running when it is made. `extensions['timeout']` of a request is honoured as by httpx."""
+    """Connections of one event loop, which must be running when it is made. `extensions['timeout']` of a request is honoured as by httpx.
 
-    def __init__(self) -> None:
-        tls = httpx.create_ssl_context(trust_env=False)
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT, ssl=tls)
+    `secure`: some go to https; reading the certificates that are trusted takes 20 ms.
+    """
+
+    def __init__(self, secure: bool) -> None:
+        trusted = httpx.create_ssl_context(trust_env=False) if secure else True
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT, ssl=trusted)
         self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False)
         self._keeper = asyncio.get_running_loop().create_task(self._keep())
 
