@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-_THREADS = 4
+_THREADS = 3  # more of them would only wait for the lock, and keep the encoding from it
 _SWITCH = 2e-4  # seconds
 
 
