@@ -1,6 +1,5 @@
 """Features from the store are the live ones; the pre-pass skips, lists, survives and ends where it should."""
 
-import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -276,18 +275,3 @@ def test_processes_that_share_the_work_compute_every_picture_once(
     assert parts[0].keys == parts[1].keys == parts[2].keys
     store = FeatureStore(tmp_path / "store")
     assert all(key in store for key in parts[0].keys.values())
-
-
-def test_work_beside_the_pass_begins_when_every_loading_process_is_there(
-    network: torch.nn.Module, tiling: Tiling, photos: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ahead = encode._tiles_ahead
-    monkeypatch.setattr(encode, "_tiles_ahead", lambda pictures, tiling, workers, processes: ahead(pictures, tiling, workers, True))
-    forked: list[int] = []
-    store = memory()
-    run(photos, network, tiling, store, meanwhile=lambda: forked.append(len(multiprocessing.active_children())))
-    assert len(forked) == len(photos)
-    assert forked[0] == 2  # workers: none is forked once threads of that work hold locks
-    forked.clear()
-    run(photos, network, tiling, store, meanwhile=lambda: forked.append(0))
-    assert not forked  # nothing is left to encode, so nothing to hide behind

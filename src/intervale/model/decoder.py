@@ -100,16 +100,6 @@ def _mlp_part(layer: Any, hidden_ND: torch.Tensor) -> torch.Tensor:
     return seen
 
 
-def prepare_compiler(device: torch.device) -> None:
-    """Compile next to nothing: torch imports its compiler, starts its processes and reads its patterns, which the layers then find ready.
-
-    Cost: a few seconds, once, most of them with the interpreter lock.
-    """
-    inductor.compile_threads = min(_COMPILERS, os.cpu_count() or 1)
-    function = torch.compile(lambda x: x * x.sigmoid(), dynamic=True)
-    function(torch.ones(16, 16, device=device, requires_grad=True)).sum().backward()
-
-
 @cache
 def _compiled(part: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """One compiled function for all layers and lengths."""

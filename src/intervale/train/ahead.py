@@ -1,49 +1,45 @@
-"""What the first step needs besides its data, made while the pictures are encoded: torch's compiler, the LoRA kernels.
+"""The LoRA kernels of the first step, built in threads: building leaves the interpreter lock alone most of the time.
 
-Promises: nothing that a step computes depends on it; what fails here is left for the step to meet and to tell. Cost: threads that are
-done before the first step; while they run the interpreter lock is passed on every 0.2 ms instead of 5, since launching a batch of the
-tower's kernels takes it some 600 times.
+Promises: nothing that a step computes depends on it; a build that fails is left for the step to meet and to tell. Cost: nothing is
+saved while pictures are encoded, where every launch of a kernel takes that lock (14.7 instead of 9.6 s for 256 pictures, docs/log.md):
+so they are built while the layers are compiled, which is one thread's work, or all at once before the first step.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-_THREADS = 3  # more of them would only wait for the lock, and keep the encoding from it
-_SWITCH = 2e-4  # seconds
+_THREADS = 4
 
 
-@contextlib.contextmanager
-def made_ahead(works: Sequence[Callable[[], None]], device: torch.device) -> Iterator[Callable[[], None]]:
-    """Gives what starts the works, which is to be called once processes are no longer forked; the block's end waits for them.
+class Beside:
+    """Works for a GPU, each in a thread. `wait`: `begin` ends with them, for who would need them at once."""
 
-    Not called, nothing is done. Where the block is left by an error nobody waits.
-    """
-    begun: list[ThreadPoolExecutor] = []
-    before = sys.getswitchinterval()
+    def __init__(self, works: Sequence[Callable[[], None]] = (), device: torch.device | None = None, wait: bool = False) -> None:
+        self._works, self._device, self._wait = list(works), device, wait
+        self._pool: ThreadPoolExecutor | None = None
 
-    def make(work: Callable[[], None]) -> None:
-        place = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()  # a thread begins on the first GPU
-        with contextlib.suppress(Exception), place:
+    def begin(self) -> None:
+        """Start them, the first time it is called. Processes that load pictures must be there already: threads and forks do not mix."""
+        if self._works:
+            self._pool = ThreadPoolExecutor(min(_THREADS, len(self._works)), thread_name_prefix="build")
+            for work in self._works:
+                self._pool.submit(self._make, work)
+            self._works = []
+            if self._wait:
+                self.finish()
+
+    def finish(self) -> None:
+        """Wait for what was begun."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def _make(self, work: Callable[[], None]) -> None:
+        gpu = self._device is not None and self._device.type == "cuda"
+        with contextlib.suppress(Exception), torch.cuda.device(self._device) if gpu else contextlib.nullcontext():  # else the first GPU
             work()
-
-    def begin() -> None:
-        if works and not begun:
-            sys.setswitchinterval(_SWITCH)
-            begun.append(ThreadPoolExecutor(min(_THREADS, len(works)), thread_name_prefix="ahead"))
-            for work in works:
-                begun[0].submit(make, work)
-
-    try:
-        yield begin
-        for pool in begun:
-            pool.shutdown()
-    finally:
-        for pool in begun:
-            pool.shutdown(wait=False, cancel_futures=True)
-        sys.setswitchinterval(before)

@@ -263,7 +263,7 @@ def _named(error: UserError, first: str, other: str) -> UserError:
 
 
 def _fill(
-    pictures: Sequence[Picture], loaded: Iterator[torch.Tensor | UserError], encoder: _Encoder, tell: Tell, meanwhile: Callable[[], None]
+    pictures: Sequence[Picture], loaded: Iterator[torch.Tensor | UserError], encoder: _Encoder, tell: Tell
 ) -> tuple[dict[str, UserError], int]:
     """(faults by key, pictures not tried because the store was full)."""
     faults: dict[str, UserError] = {}
@@ -272,7 +272,6 @@ def _fill(
     try:
         for picture, tiles in zip(pictures, loaded, strict=True):
             tried += 1
-            meanwhile()
             if isinstance(tiles, UserError):
                 faults[picture.key] = tiles
             else:
@@ -301,15 +300,13 @@ def encode_pictures(
     tell: Tell = print,
     compile: bool = False,
     share: tuple[int, int] = (0, 1),
-    meanwhile: Callable[[], None] = lambda: None,
 ) -> Encoded:
     """Fill the store with the features of all distinct pictures (paths, or what `pictures_of` gives: {path: what errors call it}).
 
     `digest` is `tower_digest` of what `network` was loaded from (with the projector for the stage "projected"). When the store is
     full the pass ends, and the rest is left to be computed live. `compile`: torch.compile, on CUDA alone. `share` (rank, size): of
-    several processes with one folder each computes its part and names all (a fault in another's part is not in `bad`). `meanwhile` is called
-    with every picture that is loaded: by then all processes that load are started. Call this before signals are taken over: a
-    KeyboardInterrupt ends it, and what is stored stays. Raises: nothing for a picture's sake.
+    several processes with one folder each computes its part and names all (a fault in another's part is not in `bad`). Call it
+    before signals are taken over: a KeyboardInterrupt ends it, and what is stored stays. Raises: nothing for a picture's sake.
     """
     assert batch_tiles > 0
     begun = time.monotonic()
@@ -334,7 +331,7 @@ def encode_pictures(
     compiled = compile and device.type == "cuda"
     encoder = _Encoder(forward_of(network, stage, dtype, device, compiled), store, device, batch_tiles, compiled)
     with _evaluating(network), contextlib.closing(_tiles_ahead(todo, tiling, workers, device.type == "cuda")) as loaded:
-        faults, untried = _fill(todo, loaded, encoder, tell, meanwhile)
+        faults, untried = _fill(todo, loaded, encoder, tell)
     for path, key in list(keys.items()):
         if key in faults:
             first = distinct[key]

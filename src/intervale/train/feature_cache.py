@@ -6,7 +6,6 @@ why; an entry that is lost or damaged meanwhile is computed again. Cost: the pas
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,13 +109,8 @@ class KeptFeatures:
         return computed
 
 
-def fill(
-    job: Job, world: World, network: InternVLForConditionalGeneration, dtype: torch.dtype, plan: Plan, meanwhile: Callable[[], None]
-) -> KeptFeatures | None:
-    """Compute what is not kept yet, `meanwhile` as in `encode_pictures`; None where the plan is to compute live.
-
-    A KeyboardInterrupt loses nothing that is stored.
-    """
+def fill(job: Job, world: World, network: InternVLForConditionalGeneration, dtype: torch.dtype, plan: Plan) -> KeptFeatures | None:
+    """Compute what is not kept yet; None where the plan is to compute live. A KeyboardInterrupt loses nothing that is stored."""
     if plan.place == "live":
         return None
     store = _store(job, world, plan.place, plan.need)
@@ -138,7 +132,6 @@ def fill(
         batch_tiles=_GPU_BATCH if world.device.type == "cuda" else _CPU_BATCH,
         tell=job.tell,
         share=share,
-        meanwhile=meanwhile,
     )
     wait(world)
     if encoded.bad and job.recipe.data.on_bad_sample == "fail":
