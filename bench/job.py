@@ -3,8 +3,8 @@
 python bench/job.py [--photos DIR] [--items 256] [--epochs 10] [--lean] [--preset internvl2-2b] [--device cuda] [--set KEY=VALUE ...]
                     [--work DIR] [--out FILE]
 
-256 questions on 12-megapixel photographs (13 tiles each) in the tutorial's LLaVA file -> `intervale prepare llava` -> `intervale train`,
-LoRA 128 on the language model and its output layer, batch 4 x accumulation 2 -> `intervale export --format hf`. The weights are random.
+256 questions on 12-megapixel photographs (13 tiles each) in the tutorial's LLaVA file -> `intervale prepare llava` -> `intervale train --export`,
+LoRA 128 on the language model and its output layer, batch 4 x accumulation 2, and the merged model in hf's format. The weights are random.
 `--lean` trains in as little memory as the recipe allows: one item a pack, activations recomputed.
 """
 
@@ -113,11 +113,11 @@ def recipe_of(given: argparse.Namespace, base: Path, data: Path, out: Path) -> d
     return recipe
 
 
-def train(recipe: dict[str, Any], case: Path, device: str, limit: float) -> dict[str, Any]:
+def train(recipe: dict[str, Any], case: Path, device: str, limit: float, *more: str) -> dict[str, Any]:
     """`intervale train` as a user runs it; when its log and metrics lines appeared. Its failure ends the benchmark, and so does `limit`."""
     path, log, out = case / "job.yaml", case / "train.log", Path(recipe["out"])
     path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
-    words = [sys.executable, "-m", "intervale", "train", str(path)]
+    words = [sys.executable, "-m", "intervale", "train", str(path), *more]
     environment = train_sides.environment_of(device) | {"INTERVALE_LANG": "en"}  # the stages are known by its lines
     seen = train_sides.watch(words, environment, log, [log, out / METRICS], limit)
     if seen.late or seen.code:
@@ -152,7 +152,8 @@ def training_stages(found: dict[str, Any]) -> dict[str, float]:
 
     start: the process's start, imports and the measuring of the data; load: the network; ready to step 1: whatever happens before the
     first step that is not the step (loading ahead, encoding pictures); steps: all optimizer steps, as they tell their own seconds;
-    between: waiting for data, checkpoints on the way and plots; save: from the last step to "done"; end: the process's own end.
+    between: waiting for data, checkpoints on the way and plots; save: from the last step to "done"; after: the export, if there is one,
+    and the process's own end.
     """
     lines, told, started = [(at, line) for at, line in found["lines"] if "loss" in line], found["told"], found["started"]
     loading, loaded, done = (told_at(told, beginning) for beginning in ("loading ", r"[\d,]+ items", "done: "))
@@ -165,7 +166,7 @@ def training_stages(found: dict[str, Any]) -> dict[str, float]:
         "steps": steps,
         "between": last[0] - first[0] - (steps - first[1]["seconds"]),
         "save": done - last[0],
-        "end": started + found["process_s"] - done,
+        "after": started + found["process_s"] - done,
     }
 
 
@@ -205,11 +206,13 @@ def run(given: argparse.Namespace, work: Path) -> dict[str, Any]:
     print(f"[random base and {weight:.0f} MiB of photographs: {time.monotonic() - begun:.0f} s, no part of the job]", flush=True)
     command("prepare", seconds, given.device, "prepare", "llava", source, case / "data", "--image-root", case / "source")
     left = max(0.0, given.budget - (time.monotonic() - begun))
-    found = train(recipe, case, given.device, left)
+    export = [] if given.no_export else ["--export", str(case / "tuned"), "--format", "hf"]
+    found = train(recipe, case, given.device, left, *export)
     stages = {name: round(value, 2) for name, value in training_stages(found).items()}
-    seconds["train"] = round(found["process_s"], 2)
-    if not given.no_export:
-        command("export", seconds, given.device, "export", case / "run", case / "tuned", "--format", "hf")
+    after = stages.pop("after") if export else 0.0
+    seconds["train"] = round(found["process_s"] - after, 2)
+    if export:
+        seconds["export"] = after
     versions = json.loads((case / "run" / "run.json").read_text(encoding="utf-8"))["versions"]
     shutil.rmtree(case)
     settings = {key: getattr(given, key) for key in ("preset", "items", "k", "size", "epochs", "lean", "workers", "set")}

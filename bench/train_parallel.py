@@ -16,6 +16,7 @@ import datetime
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,9 +25,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from train_data import MOST_TILES, base_model, side_of, write_items
 
+_SHOWN = 60  # lines of a way that failed: two processes' stacks
 WAYS: dict[str, dict[str, Any]] = {
     "single": {},
     "ddp": {"parallel": {"strategy": "ddp"}},
@@ -58,6 +61,24 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run_command(command: list[str], environment: dict[str, str], log: Path, limit: float) -> tuple[int, str]:
+    """(exit code, what it said). Where it takes longer than `limit` seconds its processes say where they stand, and are ended: 124."""
+    environment = environment | {"PYTHONFAULTHANDLER": "1"}  # at a SIGABRT every thread's stack
+    with open(log, "w", encoding="utf-8") as said:
+        child = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+        try:
+            code = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = 124
+            for process in psutil.Process(child.pid).children() or [psutil.Process(child.pid)]:  # the launcher shows what they said last
+                process.send_signal(signal.SIGABRT)
+            try:
+                child.wait(40)
+            except subprocess.TimeoutExpired:
+                child.kill()
+    return code, log.read_text(encoding="utf-8", errors="replace")
+
+
 def run_way(name: str, given: argparse.Namespace, work: Path, base: Path, data: Path) -> dict[str, Any]:
     """One way's row."""
     way = WAYS[name]
@@ -67,7 +88,8 @@ def run_way(name: str, given: argparse.Namespace, work: Path, base: Path, data: 
     recipe = {
         "model": str(base),
         "out": str(folder),
-        "data": {"train": str(data), "max_tiles": MOST_TILES, "min_tiles": 1, "workers": 8 if given.device == "cuda" else 0},
+        "data": {"train": str(data), "max_tiles": MOST_TILES, "min_tiles": 1, "workers": 8 if given.device == "cuda" else 0}
+        | {"features_dir": str(folder.with_suffix(".features"))},  # several processes share it; --work in memory spares a slow disk
         "lora": {"rank": 128, "alpha": 256.0, "dropout": given.dropout} | way.get("lora", {}),
         "train": {
             "epochs": total,
@@ -85,20 +107,17 @@ def run_way(name: str, given: argparse.Namespace, work: Path, base: Path, data: 
     begun = time.monotonic()
     environment = os.environ | {"INTERVALE_DEVICE": given.device}
     command = [sys.executable, "-m", "intervale", "train", str(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=given.limit, check=False)
-        code, said = done.returncode, done.stderr
-    except subprocess.TimeoutExpired as error:
-        code, said = 124, (error.stderr or b"").decode(errors="replace")
+    code, said = run_command(command, environment, work / f"{name}.log", given.limit)
     seconds = time.monotonic() - begun
     if code:
-        return {"way": name, "processes": processes, "error": f"exit code {code}", "log": said.strip().splitlines()[-12:]}
+        return {"way": name, "processes": processes, "error": f"exit code {code}", "log": said.strip().splitlines()[-_SHOWN:]}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     timed = lines[given.warmup :]
     each = statistics.median(line["seconds"] for line in timed)
     samples = statistics.mean(line["samples"] for line in timed)
-    shutil.rmtree(folder)
+    for place in (folder, folder.with_suffix(".features")):
+        shutil.rmtree(place)
     return {
         "way": name,
         "processes": processes,

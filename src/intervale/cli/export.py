@@ -32,8 +32,7 @@ def export(
 ) -> None:
     """Merge what was trained, write it, reload it, and compare logits before saying done."""
     from intervale.evaluate.model_card import read_report
-    from intervale.export.export import export as run
-    from intervale.model.load import as_dtype, resolve_model
+    from intervale.model.load import resolve_model
 
     reports = [read_report(place) for place in report or []]  # before the work: a wrong name is told at once
     folder = resolve_model(source)
@@ -42,6 +41,14 @@ def export(
 
         folder = best_checkpoint(folder)
         note(say(f"the best checkpoint is {folder.name}", f"最好的检查点是 {folder.name}"))
+    export_and_tell(folder, dst, to, dtype, reports, as_json)
+
+
+def export_and_tell(folder: Path, dst: Path, to: str, dtype: str, reports: list[dict[str, Any]], as_json: bool) -> None:
+    """Export with its model card, and say what was proven."""
+    from intervale.export.export import export as run
+    from intervale.model.load import as_dtype
+
     proof = run(folder, dst, to, dtype=None if dtype == "source" else as_dtype(dtype), tell=note)
     _card(folder, dst, reports)
     if as_json:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,10 +29,16 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print steps, tokens, trainable parameters and memory; write nothing.")
     ] = False,
+    export: Annotated[
+        Path | None, typer.Option("--export", metavar="DST", help="When the run is done, export it there too; DST must not exist yet.")
+    ] = None,
+    to: Annotated[Literal["hf", "official"], typer.Option("--format", help="Of --export, as for `intervale export`.")] = "hf",
 ) -> None:
     """Tune a model: LoRA or full, on a CPU, a GPU, or several (parallel.processes, or torchrun)."""
     if resume and fresh:
         raise UserError("--resume and --fresh contradict each other", "give one of them")
+    if export is not None:
+        _fits_export(export, dry_run)
     if accept_changes and not resume:
         raise UserError("--accept-changes is about resuming", "give it together with --resume")
     from intervale.core.config import load_recipe
@@ -59,3 +67,26 @@ def train(
         sys.exit(130)
     if outcome.exit_code:
         sys.exit(outcome.exit_code)
+    if export is not None and os.environ.get("RANK", "0") == "0":
+        _export(outcome.folder, export, to)
+
+
+def _fits_export(dst: Path, dry_run: bool) -> None:
+    """Raise a UserError for a folder that could not be written: told before the hours of training, not after."""
+    from intervale.core.files import refuse_existing
+
+    if dry_run:
+        raise UserError("--dry-run writes nothing, so there is nothing to export", "leave --export out")
+    refuse_existing(dst)
+
+
+def _export(run: Path, dst: Path, to: str) -> None:
+    """In the process that trained: what it held on the GPU is given back first, and what is imported need not be again."""
+    import torch
+
+    from intervale.cli.export import export_and_tell
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    export_and_tell(run, dst, to, "source", [], False)

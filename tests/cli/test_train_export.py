@@ -1,0 +1,60 @@
+"""`intervale train --export`: the run and its model in one command, refused before the training where it could not be written."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from intervale.cli.main import app
+
+
+def train(recipe: Path, *more: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["--lang", "en", "train", str(recipe), *more])
+    return done.exit_code, f"{done.output}{getattr(done.exception, 'what', '')}"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("INTERVALE_DEVICE", "cpu")
+    (tmp_path / "r.yaml").write_text(
+        f"model: {tiny}\nout: {tmp_path / 'run'}\ndata: {{train: {plates / 'train.jsonl'}, max_tiles: 2}}\n"
+        "lora: {rank: 4, alpha: 16}\ntrain: {max_steps: 2, learning_rate: 5e-3}\n"
+    )
+    return tmp_path / "r.yaml"
+
+
+@pytest.mark.parametrize("to", ["hf", "official"])
+def test_the_model_is_the_one_that_export_makes_of_the_run(recipe: Path, tmp_path: Path, to: str) -> None:
+    code, said = train(recipe, "--export", str(tmp_path / "here"), "--format", to)
+    assert code == 0, said
+    assert f"{tmp_path / 'here'} ({to})" in said
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(tmp_path / "there"), "--format", to])
+    assert done.exit_code == 0, done.output
+    here, there = (sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("here", "there"))
+    assert here == there
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("here", "there"))
+    assert one.keys() == other.keys()
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_a_folder_that_holds_something_is_refused_before_the_training(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("mine")
+    code, said = train(recipe, "--export", str(tmp_path / "model"))
+    assert code != 0
+    assert "already exists" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_has_nothing_to_export(recipe: Path, tmp_path: Path) -> None:
+    code, said = train(recipe, "--export", str(tmp_path / "model"), "--dry-run")
+    assert code != 0
+    assert "nothing to export" in said
+
+
+def test_a_run_that_is_complete_already_is_exported(recipe: Path, tmp_path: Path) -> None:
+    assert train(recipe)[0] == 0
+    code, said = train(recipe, "--resume", "--export", str(tmp_path / "model"))
+    assert code == 0, said
+    assert (tmp_path / "model" / "model.safetensors").is_file()
