@@ -249,6 +249,29 @@ def test_refusals_are_told_apart_and_their_words_kept_for_the_terminal() -> None
         RemoteEngine("localhost:8000", ("a",))
 
 
+@pytest.mark.parametrize(
+    "address", ["http://a..b/v1", f"http://{'a' * 64}/v1", "http://a:99999/v1", "http://a/v1?version=1", "http://a/v1?", "http://a/v1#x"]
+)
+def test_an_address_that_cannot_be_asked_is_refused_at_once(address: str) -> None:
+    with pytest.raises(UserError, match="--base-url"):
+        RemoteEngine(address, ("a",))
+    assert RemoteEngine("http://[::1]:8000/a%2Fb/", ("a",)).url == "http://[::1]:8000/a%2Fb"
+
+
+@pytest.mark.parametrize(("address", "key"), [("http://a/v1", "k\n"), ("http://a/v1", "ключ"), ("http://me:word@a/v1", "k")])
+def test_a_key_that_no_request_can_carry_is_refused_at_once(address: str, key: str) -> None:
+    with pytest.raises(UserError, match="key"):
+        RemoteEngine(address, ("a",), key)
+
+
+@pytest.mark.parametrize("odd", [{"choices": "abc"}, {"choices": [], "usage": "x"}, {"choices": [{"delta": {"content": [1]}}]}])
+def test_an_event_of_another_form_is_a_fault_of_that_server(odd: Any) -> None:
+    for before, code in ((b"", "engine_unavailable"), (event("he"), "engine_interrupted")):
+        with pytest.raises(EngineError) as error:
+            told(engine(Other(apart(before, b"data: " + json.dumps(odd).encode() + b"\n\n")), retries=0))
+        assert error.value.code == code
+
+
 def test_leaving_closes_the_connection_and_gives_the_place_back() -> None:
     async def endless() -> AsyncIterator[bytes]:
         while True:

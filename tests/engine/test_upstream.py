@@ -3,7 +3,9 @@
 import asyncio
 import gc
 import gzip
+import itertools
 import shutil
+import socket
 import ssl
 import subprocess
 import warnings
@@ -260,3 +262,105 @@ def test_a_transport_that_is_closed_asks_no_more() -> None:
                 await way.handle_async_request(httpx.Request("POST", other.url, content=b"x"))
 
     asyncio.run(run())
+
+
+def test_bytes_that_are_no_http_end_the_answer() -> None:
+    async def strange(writer: asyncio.StreamWriter, body: bytes) -> None:
+        writer.write(HEAD + b"\r\n" + chunk(WORD))
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(b"zz\r\nno size\r\n")
+
+    async def run() -> None:
+        async with Other(strange) as other:
+            with pytest.raises(EngineError) as error:
+                await asyncio.wait_for(said(RemoteEngine(f"{other.url}/v1", ("m",))), 10)
+            assert error.value.code == "engine_interrupted"
+
+    asyncio.run(run())
+
+
+def test_after_its_last_event_an_answer_is_whole_however_the_connection_ends() -> None:
+    async def cut(writer: asyncio.StreamWriter, body: bytes) -> None:
+        writer.write(HEAD + b"\r\n" + chunk(WORD) + chunk(END))
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.close()
+
+    async def run() -> None:
+        async with Other(cut) as other:
+            assert await said(RemoteEngine(f"{other.url}/v1", ("m",), retries=0)) == "he"
+
+    asyncio.run(run())
+
+
+def test_a_server_that_takes_no_request_is_left_in_time() -> None:
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+
+        async def run() -> None:
+            remote = RemoteEngine(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1", ("m",), retries=0, seconds=0.3)
+            with pytest.raises(EngineError, match="does not answer"):
+                async for _ in remote.answer(Request((ChatTurn("user", ("x" * 30_000_000,)),))):
+                    pass
+
+        asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def then(second: bytes) -> Answer:
+    """Answers well, then to the next request with `second`, after which it hangs up; and so on."""
+    turns = itertools.cycle([False, True])
+
+    async def answer(writer: asyncio.StreamWriter, body: bytes) -> None:
+        if next(turns):
+            writer.write(second)
+            await writer.drain()
+            writer.close()
+        else:
+            await good(writer, body)
+
+    return answer
+
+
+def test_a_kept_connection_that_is_closed_costs_no_answer() -> None:
+    async def run() -> None:
+        async with Other(then(b"")) as other:
+            remote = RemoteEngine(f"{other.url}/v1", ("m",), retries=0)
+            assert [await said(remote) for _ in range(4)] == ["he"] * 4
+            assert len(other.heads) == 7  # the second of each connection, but not the last's
+
+    asyncio.run(run())
+
+
+def test_what_was_begun_to_be_answered_or_came_on_a_new_connection_is_not_sent_again() -> None:
+    async def run() -> None:
+        async with Other(then(b"HTTP/1.1 200 OK\r\nContent-")) as other:
+            remote = RemoteEngine(f"{other.url}/v1", ("m",), retries=0)
+            assert await said(remote) == "he"
+            with pytest.raises(EngineError):
+                await said(remote)
+            assert len(other.heads) == 2
+        async with Other(hangs_up) as other:
+            with pytest.raises(EngineError):
+                await said(RemoteEngine(f"{other.url}/v1", ("m",), retries=0))
+            assert len(other.heads) == 1
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_is_forgotten_on_a_running_loop_leaves_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    faults = list[str]()
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: faults.append(told["message"]))
+        async with Other(good) as other:
+            assert await said(RemoteEngine(f"{other.url}/v1", ("m",))) == "he"
+            gc.collect()
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+    gc.collect()
+    assert not [fault for fault in faults if "Task" in fault and "destroyed" in fault]
+    assert not [one.message for one in recwarn]

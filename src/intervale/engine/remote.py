@@ -42,13 +42,16 @@ class RetryError(Exception):
 
 
 def web_address(base_url: str) -> str:
-    """The address of a server, without a slash at its end. Raises: UserError when it is none."""
+    """The address of a server, without a slash at its end. Raises: UserError when it is none, or has more than a path."""
     try:
         url = httpx.URL(base_url)
+        url.host.encode("idna")  # as the look-up of the name does; no part of one is empty or longer than 63
     except Exception:
         url = httpx.URL("")
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
         raise UserError(f"--base-url {base_url!r} is not a web address", "give it like http://127.0.0.1:23333/v1")
+    if "?" in str(url) or "#" in str(url):  # what is asked for is written behind it
+        raise UserError(f"--base-url {base_url!r} has a part after its path", "leave out what begins with ? or #")
     return str(url).rstrip("/")
 
 
@@ -68,6 +71,10 @@ class RemoteEngine:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.url, self.models = web_address(base_url), models
+        if key and httpx.URL(self.url).userinfo:
+            raise UserError("there is a key, and a name in --base-url; a request has room for one of them", "leave one of them out")
+        if not (key.isascii() and key.isprintable()):
+            raise UserError("the key for the engine's server has characters that no request can carry", "set it anew, without a line break")
         self._asking = httpx.URL(f"{self.url}/chat/completions")
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
         self._headers |= {"Authorization": f"Bearer {key}"} if key else {}
@@ -167,9 +174,10 @@ class RemoteEngine:
             return self._given
         loop = asyncio.get_running_loop()
         if loop not in self._ways:
-            self._ways = {other: way for other, way in self._ways.items() if not other.is_closed()} | {
-                loop: Upstream(self._asking.scheme == "https")
-            }
+            for other in [*self._ways]:  # a copy: loops of other threads come and go meanwhile
+                if other.is_closed():
+                    self._ways.pop(other, None)
+            self._ways[loop] = Upstream(self._asking.scheme == "https")
         return self._ways[loop]
 
     async def _leave(self) -> None:
@@ -273,14 +281,17 @@ async def _pieces(got: httpx.Response, likely: int | None = None) -> AsyncGenera
     Raises: EngineError for an error in the stream; RefusedError where log-probabilities (`likely` beside each) were asked for and do not come.
     """
     reading = _Reading(likely)
+    fault: EngineError | RefusedError | httpx.HTTPError | None = None
     async with aclosing(_events(got)) as parts:
         async for events in parts:
-            told, fault = list[Delta](), None
+            told = list[Delta]()
             try:
                 for event in events:
                     told += reading.deltas(event)
             except (EngineError, RefusedError) as error:
                 fault = error
+            except (AttributeError, TypeError, ValueError) as error:
+                fault = httpx.RemoteProtocolError(f"an event of another form: {error}")
             if told:
                 yield told[0] if len(told) == 1 else joined(told)
             if fault is not None:
@@ -310,6 +321,8 @@ class _Reading:
             self.reused = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
         for choice in event.get("choices") or []:
             text = (choice.get("delta") or {}).get("content") or ""
+            if not isinstance(text, str):
+                raise TypeError("text that is none")
             self.finish = choice.get("finish_reason") or self.finish
             found = () if self.likely is None else _likely(choice, self.likely)
             self.given = self.given or bool(found)
@@ -378,7 +391,7 @@ def _json(data: bytes) -> Any:
 
 async def _to_its_end(parts: AsyncGenerator[list[bytes], None]) -> None:
     """Nothing comes after [DONE] but the end of the answer; only when that was read can its connection serve the next request."""
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError, httpx.HTTPError):  # how it ends is no part of the answer
         async with asyncio.timeout(_LAST_WORD):
             async for _ in parts:
                 pass
