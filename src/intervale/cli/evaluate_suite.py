@@ -128,7 +128,7 @@ def endpoint_asker(base_url: str, options: EndpointOptions, max_new_tokens: int,
     from urllib.parse import urlsplit
 
     from intervale.core.errors import UserError
-    from intervale.engine.remote import web_address
+    from intervale.engine.upstream import web_address
     from intervale.engine.whole import Server
     from intervale.evaluate.endpoint import EndpointAsker, parse_extra
 

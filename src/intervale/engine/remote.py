@@ -25,7 +25,7 @@ from PIL import Image
 from intervale.core.errors import UserError, nearest
 from intervale.core.wire import from_json, to_json
 from intervale.engine.api import ChatTurn, Delta, EngineError, Likely, Load, Photo, RefusedError, Request, UpstreamRefusedError, joined
-from intervale.engine.upstream import Upstream
+from intervale.engine.upstream import Upstream, web_address
 
 _AGAIN = (408, 429, 502, 503, 504)  # the server was busy or away: it did not look at the request
 _LONGEST_PAUSE = 30.0  # seconds, also where the server asks for more
@@ -39,20 +39,6 @@ class RetryError(Exception):
 
     told: EngineError
     after: float | None = None
-
-
-def web_address(base_url: str) -> str:
-    """The address of a server, without a slash at its end. Raises: UserError when it is none, or has more than a path."""
-    try:
-        url = httpx.URL(base_url)
-        url.host.encode("idna")  # as the look-up of the name does; no part of one is empty or longer than 63
-    except Exception:
-        url = httpx.URL("")
-    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
-        raise UserError(f"--base-url {base_url!r} is not a web address", "give it like http://127.0.0.1:23333/v1")
-    if "?" in str(url) or "#" in str(url):  # what is asked for is written behind it
-        raise UserError(f"--base-url {base_url!r} has a part after its path", "leave out what begins with ? or #")
-    return str(url).rstrip("/")
 
 
 class RemoteEngine:

@@ -18,10 +18,26 @@ from weakref import WeakSet
 import aiohttp
 import httpx
 
+from intervale.core.errors import UserError
+
 _keepers: set[asyncio.Task[None]] = set()  # a loop holds its tasks weakly: one that is only waiting may be collected
 _heard: WeakSet[asyncio.Future[None]] = WeakSet()  # ends of connections whose faults are not told by the loop's log
 _SWALLOWED = 1 << 16  # bytes of a request that a connection takes without anybody reading
 _KEPT = 4.0  # seconds an idle connection is kept: uvicorn, which serves most such engines, closes it after five
+
+
+def web_address(base_url: str) -> str:
+    """The address of a server, without a slash at its end. Raises: UserError when it is none, or has more than a path."""
+    try:
+        url = httpx.URL(base_url)
+        url.host.encode("idna")  # as the look-up of the name does; no part of one is empty or longer than 63
+    except Exception:
+        url = httpx.URL("")
+    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
+        raise UserError(f"--base-url {base_url!r} is not a web address", "give it like http://127.0.0.1:23333/v1")
+    if "?" in str(url) or "#" in str(url):  # what is asked for is written behind it
+        raise UserError(f"--base-url {base_url!r} has a part after its path", "leave out what begins with ? or #")
+    return str(url).rstrip("/")
 
 
 @contextlib.contextmanager
