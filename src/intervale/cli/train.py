@@ -32,17 +32,21 @@ def train(
     export: Annotated[
         Path | None, typer.Option("--export", metavar="DST", help="When the run is done, export it there too; DST must not exist yet.")
     ] = None,
-    to: Annotated[Literal["hf", "official"], typer.Option("--format", help="Of --export, as for `intervale export`.")] = "hf",
+    to: Annotated[
+        Literal["hf", "official"] | None, typer.Option("--format", help="Of --export, as for `intervale export` (default: hf).")
+    ] = None,
 ) -> None:
     """Tune a model: LoRA or full, on a CPU, a GPU, or several (parallel.processes, or torchrun)."""
     if resume and fresh:
         raise UserError("--resume and --fresh contradict each other", "give one of them")
-    if export is not None:
-        _fits_export(export, dry_run)
+    if export is None and to is not None:
+        raise UserError("--format is about --export", "give it together with --export DST")
+    if export is not None and dry_run:
+        raise UserError("--dry-run writes nothing, so there is nothing to export", "leave --export out")
     if accept_changes and not resume:
         raise UserError("--accept-changes is about resuming", "give it together with --resume")
     from intervale.core.config import load_recipe
-    from intervale.train.recipe import TrainRecipe
+    from intervale.train.recipe import TrainRecipe, run_folder
 
     overrides = list(set_ or [])
     if out is not None:
@@ -50,6 +54,8 @@ def train(
     checked = load_recipe(recipe, TrainRecipe, overrides)
     from intervale.train.launch import end_with_parent, launch, started_outside
 
+    if export is not None:
+        _fits_export(export, run_folder(checked, recipe.stem))
     if (count := checked.parallel.processes or 1) > 1 and not started_outside() and not dry_run:
         sys.exit(launch(count, [sys.executable, "-m", "intervale", *sys.argv[1:]]))
     end_with_parent()
@@ -64,20 +70,31 @@ def train(
                 "已停止；之前保存的内容仍在（若尚未训练任何一步，则没有）",
             )
         )
+        _none_exported(export)
         sys.exit(130)
     if outcome.exit_code:
+        _none_exported(export)
         sys.exit(outcome.exit_code)
     if export is not None and os.environ.get("RANK", "0") == "0":
-        _export(outcome.folder, export, to)
+        _export(outcome.folder, export, to or "hf")
 
 
-def _fits_export(dst: Path, dry_run: bool) -> None:
+def _fits_export(dst: Path, run: Path) -> None:
     """Raise a UserError for a folder that could not be written: told before the hours of training, not after."""
     from intervale.core.files import refuse_existing
 
-    if dry_run:
-        raise UserError("--dry-run writes nothing, so there is nothing to export", "leave --export out")
     refuse_existing(dst)
+    place, taken = dst.resolve(), run.resolve()
+    if place == taken or place in taken.parents or taken in place.parents:
+        raise UserError(f"--export {dst}: the run itself lies in {run}", f"name a folder beside it, like {run}-model")
+    there = next(one for one in (place, *place.parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK) or place.is_mount():
+        raise UserError(f"--export {dst}: no folder can be made there", "choose another place, or change its permissions")
+
+
+def _none_exported(dst: Path | None) -> None:
+    if dst is not None and os.environ.get("RANK", "0") == "0":
+        note(say(f"nothing was exported to {dst}: the run is not complete", f"未导出到 {dst}：训练尚未完成"))
 
 
 def _export(run: Path, dst: Path, to: str) -> None:
@@ -89,4 +106,13 @@ def _export(run: Path, dst: Path, to: str) -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    export_and_tell(run, dst, to, "source", [], False)
+    try:
+        export_and_tell(run, dst, to, "source", [], False)
+    except BaseException:
+        note(
+            say(
+                f"nothing was exported to {dst}; the run in {run} is complete: `intervale export` takes it",
+                f"未导出到 {dst}；{run} 中的训练已完成，可用 `intervale export` 导出",
+            )
+        )
+        raise

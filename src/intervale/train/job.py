@@ -35,7 +35,7 @@ from intervale.train.measured import Measured, measure_all, measure_corpus
 from intervale.train.nonfinite import NONFINITE
 from intervale.train.parallel import World
 from intervale.train.prepare import Cost, can_fuse, estimate, freeze_and_adapt, fused_lora, precision_of
-from intervale.train.recipe import TrainRecipe
+from intervale.train.recipe import TrainRecipe, run_folder
 from intervale.train.sharded import need_deepspeed, set_apart
 from intervale.train.tracking import need_trackers
 
@@ -144,8 +144,7 @@ def read_job(recipe: TrainRecipe, name: str, tell: Tell, processes: int = 1) -> 
     held: Sequence[Record] = open_corpus([SourceSpec(recipe.data.eval)], recipe.data.index, tell) if recipe.data.eval else []
     measured = measure_corpus(train, side, recipe.data.max_length, recipe.data.on_bad_sample == "skip")
     measure_all(held, side, recipe.data.max_length, skip=False)
-    folder = Path(recipe.out or Path("runs") / name)
-    return Job(recipe, folder, base, side, train, held, measured, tell, processes)
+    return Job(recipe, run_folder(recipe, name), base, side, train, held, measured, tell, processes)
 
 
 def open_folder(job: Job, resume: bool, fresh: bool) -> str:

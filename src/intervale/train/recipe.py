@@ -5,6 +5,7 @@ The defaults are the tutorial's (XTuner's InternVL2-2B LoRA): LoRA 128/256/0.05,
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -153,3 +154,8 @@ class TrainRecipe(BaseModel):
         if self.train.vision == "lora":
             wanted.append("vision")
         return "+".join(wanted)
+
+
+def run_folder(recipe: TrainRecipe, name: str) -> Path:
+    """Where a run of a recipe called `name` lies."""
+    return Path(recipe.out or Path("runs") / name)
