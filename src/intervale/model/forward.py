@@ -50,21 +50,22 @@ def embed(
     ids_BS: torch.Tensor,
     features: torch.Tensor | None,
     image_token_id: int,
-    count: int | None = None,
+    places_P: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Token embeddings with the pictures' features in place of `<IMG_CONTEXT>`.
 
-    The counts must agree: a silent mismatch is how other trainers lose pictures. `count`: the number of places if it is known
-    already; asking a GPU for it would wait for all that was given to it before.
+    The counts must agree: a silent mismatch is how other trainers lose pictures. `places_P`: where these tokens stand in the flattened
+    ids, if it is known already: looking for them makes the host wait for all that a GPU was given before, here and on the way back.
     """
     embedded = network.get_input_embeddings()(ids_BS)
-    places = ids_BS == image_token_id
-    count = int(places.sum()) if count is None else count
+    if places_P is None:
+        places_P = (ids_BS == image_token_id).flatten().nonzero()[:, 0]
     have = 0 if features is None else features.shape[0] * features.shape[1]
-    assert count == have, f"{count} picture tokens but {have} features"
+    assert len(places_P) == have, f"{len(places_P)} picture tokens but {have} features"
     if features is None:
         return embedded
-    return embedded.masked_scatter(places.unsqueeze(-1), features.to(embedded.dtype))
+    filled = embedded.flatten(0, 1).index_copy(0, places_P, features.flatten(0, 1).to(embedded.dtype))
+    return filled.view_as(embedded)
 
 
 def target_losses(

@@ -31,8 +31,8 @@ _STEPS_AHEAD = 2
 class Batch:
     """A micro-batch. `labelled_N`: the places of tokens that have a target, `targets_N` the id that must follow each. `tiles_of` says
     how many tiles each distinct picture has; those of `live` ones stand in `tiles_PHWC`, of the others the features are kept under their
-    key. `slots` names the picture of each place in the text, `places` counts the picture tokens. `tokens` counts without what fills rows
-    up. `features`: kept ones that are on the device already, by key."""
+    key. `slots` names the picture of each place in the text, `places_P` are those of the picture tokens. `tokens` counts without what fills
+    rows up. `features`: kept ones that are on the device already, by key."""
 
     ids_1T: torch.Tensor
     positions_1T: torch.Tensor
@@ -44,7 +44,7 @@ class Batch:
     tiles_of: tuple[int, ...]
     live: tuple[bool, ...]
     slots: tuple[int, ...]
-    places: int
+    places_P: torch.Tensor
     tokens: int
     ids: tuple[str, ...]  # the items' own
     features: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -55,9 +55,18 @@ class Batch:
         return len(self.targets_N)
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor], layout: Layout) -> Batch:
-        own = (self.ids_1T, self.positions_1T, self.labelled_N, self.targets_N, self.tiles_PHWC)
-        ids, positions, labelled, targets, tiles = map(change, own)
-        return replace(self, ids_1T=ids, positions_1T=positions, labelled_N=labelled, targets_N=targets, tiles_PHWC=tiles, layout=layout)
+        own = (self.ids_1T, self.positions_1T, self.labelled_N, self.targets_N, self.tiles_PHWC, self.places_P)
+        ids, positions, labelled, targets, tiles, places = map(change, own)
+        return replace(
+            self,
+            ids_1T=ids,
+            positions_1T=positions,
+            labelled_N=labelled,
+            targets_N=targets,
+            tiles_PHWC=tiles,
+            places_P=places,
+            layout=layout,
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -65,7 +74,7 @@ class Batch:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor of the batch."""
-        yield from (self.ids_1T, self.positions_1T, self.labelled_N, self.targets_N, self.tiles_PHWC)
+        yield from (self.ids_1T, self.positions_1T, self.labelled_N, self.targets_N, self.tiles_PHWC, self.places_P)
         yield from self.layout.tensors()
         yield from self.features.values()
 
@@ -120,7 +129,7 @@ def collate(items: Sequence[Item], image_token: int, share: bool = False, shapes
         tuple(picture.count for picture in distinct.values()),
         tuple(picture.tiles_PHWC is not None for picture in distinct.values()),
         tuple(number[name] for name in names),
-        int((rows.ids_T == image_token).sum()),
+        torch.from_numpy(np.flatnonzero(rows.ids_T == image_token)),
         rows.tokens,
         tuple(item.id for item in items),
     )

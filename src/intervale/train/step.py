@@ -108,7 +108,7 @@ def batch_losses(network: InternVLForConditionalGeneration, batch: Batch, comput
     """(loss of every target, is it the most likely token), in the order of `batch.targets_N`."""
     with compute.autocast():
         features = _features(network, batch, compute)
-        embedded_1TD = embed(network, batch.ids_1T, features, compute.image_token_id, batch.places)
+        embedded_1TD = embed(network, batch.ids_1T, features, compute.image_token_id, batch.places_P)
         return target_losses(network, embedded_1TD, batch.positions_1T, batch.layout, batch.labelled_N, batch.targets_N, compute.walk)
 
 

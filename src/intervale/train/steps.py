@@ -41,7 +41,7 @@ from intervale.train.state import Progress, save_checkpoint
 from intervale.train.step import Sums, accumulate
 from intervale.train.strategy import idle_passes
 
-_PLOT_SECONDS, _TELL_SECONDS = 20.0, 5.0
+_PLOT_SECONDS, _TELL_SECONDS = 60.0, 5.0
 _TILES_KEPT = 1 << 30  # bytes of decoded tiles
 _BAD_SHARE = 0.01  # more unreadable items than this and the data set, not an item, is what is wrong
 _SHAPES = 64  # lengths an octave beside a GPU, whose attention kernels are set up for every new shape
