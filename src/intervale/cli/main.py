@@ -75,6 +75,8 @@ def main() -> None:
     except SystemExit as end:
         if not started_outside() and not _holds_gpu():
             raise
+        if end.code is not None and not isinstance(end.code, int):
+            note(str(end.code))
         leave_at_once(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
 
 

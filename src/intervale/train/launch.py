@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from intervale.core.lang import say
 _GRACE_SECONDS = 20.0  # for the others to end after one died
 _SHOWN_LINES = 15
 _FOLLOWING = (None, 0, 3, 130, 143, -15)  # ended well, because another had, by a signal, or not yet
+_UNWRITTEN = 120  # the interpreter's own code for output that could not be written
 PARENT = "INTERVALE_PARENT"  # a process of ours watches over this id
 SAVING = "INTERVALE_SAVING"  # a file that is there while the first process writes a checkpoint
 
@@ -159,15 +161,23 @@ def spared() -> Iterator[None]:
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """End a process that is one of several, or holds a GPU, once its exit handlers have run, without taking the interpreter apart.
+    """End a process that is one of several, or holds a GPU, once its threads have ended and its exit handlers have run, without taking the interpreter apart.
 
     Of several, seen once: signal 6 ("terminate called without an active exception") after all work was done. That a thread of torch.distributed
     wanted Python while it was taken apart is inferred; it could not be made to happen again.
     """
+    with contextlib.suppress(KeyboardInterrupt):
+        threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does: what threads still write is waited for
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        if stream is None:  # closed by whoever started this
+            continue
+        try:
             stream.flush()
+        except (OSError, ValueError) as error:
+            with contextlib.suppress(OSError, ValueError):
+                os.write(2, f"{say('the output could not be written', '输出无法写入')}: {error}\n".encode())
+            code = code or _UNWRITTEN
     os._exit(code)
 
 
