@@ -146,9 +146,9 @@ def endpoint_asker(base_url: str, options: EndpointOptions, max_new_tokens: int,
             f"--prices {options.prices!r} are not two numbers", "give the price of a million prompt and of a million new tokens: 2.5,10"
         )
     parts = urlsplit(web_address(base_url))
-    if parts.username or parts.password or parts.query or parts.fragment:  # the address stands in every summary and report
+    if parts.username or parts.password:  # the address stands in every summary and report
         raise UserError(
-            f"--base-url holds more than an address: {'a name or password' if parts.username or parts.password else 'a query'}",
+            "--base-url holds more than an address: a name or password",
             f"write {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}, and name the variable that holds the key with --api-key-env",
         )
     server = Server(
