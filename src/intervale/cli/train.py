@@ -37,14 +37,7 @@ def train(
     ] = None,
 ) -> None:
     """Tune a model: LoRA or full, on a CPU, a GPU, or several (parallel.processes, or torchrun)."""
-    if resume and fresh:
-        raise UserError("--resume and --fresh contradict each other", "give one of them")
-    if export is None and to is not None:
-        raise UserError("--format is about --export", "give it together with --export DST")
-    if export is not None and dry_run:
-        raise UserError("--dry-run writes nothing, so there is nothing to export", "leave --export out")
-    if accept_changes and not resume:
-        raise UserError("--accept-changes is about resuming", "give it together with --resume")
+    _agree(resume, fresh, accept_changes, dry_run, export, to)
     from intervale.core.config import load_recipe
     from intervale.train.recipe import TrainRecipe, run_folder
 
@@ -77,6 +70,18 @@ def train(
         sys.exit(outcome.exit_code)
     if export is not None and os.environ.get("RANK", "0") == "0":
         _export(outcome.folder, export, to or "hf")
+
+
+def _agree(resume: bool, fresh: bool, accept_changes: bool, dry_run: bool, export: Path | None, to: str | None) -> None:
+    """Raise a UserError for options that do not go together."""
+    if resume and fresh:
+        raise UserError("--resume and --fresh contradict each other", "give one of them")
+    if export is None and to is not None:
+        raise UserError("--format is about --export", "give it together with --export DST")
+    if export is not None and dry_run:
+        raise UserError("--dry-run writes nothing, so there is nothing to export", "leave --export out")
+    if accept_changes and not resume:
+        raise UserError("--accept-changes is about resuming", "give it together with --resume")
 
 
 def _fits_export(dst: Path, run: Path) -> None:
