@@ -3,6 +3,7 @@
 import concurrent.futures
 import gc
 import json
+import re
 import socket
 import threading
 import time
@@ -75,6 +76,10 @@ def test_a_streamed_and_a_whole_answer_are_the_models_own(client: openai.OpenAI,
     assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens > 8  # type: ignore[union-attr]
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0  # the second time, the prompt was known
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    numbers = {chunk.id for chunk in chunks}
+    assert len(numbers) == 1
+    assert all(re.fullmatch(r"chatcmpl-[0-9a-f]{32}", number) for number in (*numbers, whole.id))
+    assert whole.id not in numbers
 
 
 def test_log_probabilities_are_the_models_own_streamed_or_whole(client: openai.OpenAI, model: Model) -> None:

@@ -108,8 +108,9 @@ async def _chat(http: HttpRequest, desk: Desk, limits: Limits, media: MediaLimit
     if not body.stream:
         async with contextlib.aclosing(pieces):
             whole = await _unless_gone(http, _whole(pieces, first, doing))
+        answer = _completion(doing, whole, body.likely() is not None)  # before it is finished: then its number is gone
         _finish(metrics, doing, "done")
-        return JSONResponse(_completion(doing, whole, body.likely() is not None))
+        return JSONResponse(answer)
     usage = body.stream_options is not None and body.stream_options.include_usage
     steady = _paced(first, pieces) if desk.load().active > _CROWD else _from(first, pieces)
     return _Events(pieces, _events(steady, doing, metrics, usage))
@@ -353,8 +354,8 @@ def _failed(error: Exception, metrics: Metrics, doing: _Answering) -> ApiError:
     if told is None:
         log.error("request %s failed", doing.number, exc_info=error)
         told = ApiError(500, "internal_error", f"the server failed on this request; its log has the reason under {doing.number}")
-    elif told.status >= 500 and error.__cause__ is not None:
-        log.error("request %s failed", doing.number, exc_info=error.__cause__)
+    elif told.status >= 500:
+        log.error("request %s failed: %s", doing.number, told.message, exc_info=error.__cause__)
     metrics.refused.labels(told.code).inc()
     _finish(metrics, doing, "refused" if told.status < 500 else "failed")
     return told
