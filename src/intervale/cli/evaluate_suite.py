@@ -125,8 +125,6 @@ def model_and_data(asked: Asked, base_url: str | None) -> tuple[str, Path]:
 
 def endpoint_asker(base_url: str, options: EndpointOptions, max_new_tokens: int, *, text: bool, letters: bool) -> EndpointAsker:
     """The asker of an endpoint. Raises: UserError for an address, a key, prices or extras that cannot be used."""
-    from urllib.parse import urlsplit
-
     from intervale.core.errors import UserError
     from intervale.engine.upstream import web_address
     from intervale.engine.whole import Server
@@ -145,17 +143,30 @@ def endpoint_asker(base_url: str, options: EndpointOptions, max_new_tokens: int,
         raise UserError(
             f"--prices {options.prices!r} are not two numbers", "give the price of a million prompt and of a million new tokens: 2.5,10"
         )
-    parts = urlsplit(web_address(base_url))
-    if parts.username or parts.password:  # the address stands in every summary and report
-        raise UserError(
-            "--base-url holds more than an address: a name or password",
-            f"write {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}, and name the variable that holds the key with --api-key-env",
-        )
+    _plain(base_url)
     server = Server(
         web_address(base_url), options.model_name, key, concurrency=options.concurrency, retries=options.retries, seconds=options.timeout,
         extra=parse_extra(options.extra),
     )  # fmt: skip
     return EndpointAsker(server, max_new_tokens, text, letters, (prices[0], prices[1]) if prices else None)
+
+
+def _plain(base_url: str) -> None:
+    """Raise a UserError for an address that holds more than a place to ask: it stands in every summary and report."""
+    from urllib.parse import urlsplit
+
+    from intervale.core.errors import UserError
+
+    try:
+        parts = urlsplit(base_url)
+        more = "a name or password" if parts.username or parts.password else "a query" if parts.query or parts.fragment else ""
+    except ValueError:  # no address at all: told by whoever reads it
+        return
+    if more:
+        raise UserError(
+            f"--base-url holds more than an address: {more}",
+            f"write {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}, and name the variable that holds the key with --api-key-env",
+        )
 
 
 def run(asked: Asked, local: LocalOptions, options: SuiteOptions, server: EndpointOptions, base_url: str | None, as_json: bool) -> None:

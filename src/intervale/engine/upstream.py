@@ -36,7 +36,8 @@ def web_address(base_url: str) -> str:
     if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
         raise UserError(f"--base-url {base_url!r} is not a web address", "give it like http://127.0.0.1:23333/v1")
     if "?" in str(url) or "#" in str(url):  # what is asked for is written behind it
-        raise UserError(f"--base-url {base_url!r} has a part after its path", "leave out what begins with ? or #")
+        plain = url.copy_with(query=None, fragment=None, username="", password="")  # a key may stand in what is not to be there
+        raise UserError(f"--base-url {str(plain)!r} has a part after its path", "leave out what begins with ? or #")
     return str(url).rstrip("/")
 
 
