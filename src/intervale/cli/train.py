@@ -52,6 +52,8 @@ def train(
     if (count := checked.parallel.processes or 1) > 1 and not started_outside() and not dry_run:
         sys.exit(launch(count, [sys.executable, "-m", "intervale", *sys.argv[1:]]))
     end_with_parent()
+    if os.environ.get("RANK", "0") != "0":
+        export = None  # of several processes the first exports, and says so
     from intervale.train.loop import train as run
 
     try:
@@ -68,7 +70,7 @@ def train(
     if outcome.exit_code:
         _none_exported(export)
         sys.exit(outcome.exit_code)
-    if export is not None and os.environ.get("RANK", "0") == "0":
+    if export is not None:
         _export(outcome.folder, export, to or "hf")
 
 
@@ -98,7 +100,7 @@ def _fits_export(dst: Path, run: Path) -> None:
 
 
 def _none_exported(dst: Path | None) -> None:
-    if dst is not None and os.environ.get("RANK", "0") == "0":
+    if dst is not None:
         note(say(f"nothing was exported to {dst}: the run is not complete", f"未导出到 {dst}：训练尚未完成"))
 
 
