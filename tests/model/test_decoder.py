@@ -12,6 +12,7 @@ from intervale.data.packing import Group
 from intervale.model import decoder
 from intervale.model.attention import NAME, Layout, layout_of, packed_attention
 from intervale.model.decoder import Walk, hidden_at_targets
+from intervale.model.forward import embed
 
 SIZES = {
     "hidden_size": 64,
@@ -102,6 +103,26 @@ def test_compiled_layers_are_plain_ones_in_few_graphs(monkeypatch: pytest.Monkey
         counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counts[: len(plain)] == [1] * len(plain)
     assert counts[-1] == counts[-2]
+
+
+def test_the_first_layer_is_compiled_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings with pictures among them look to the compiler as what a layer gives: a view of another tensor would not."""
+    network, text = text_model("llama")
+    text.set_attn_implementation(NAME)
+    words = torch.nn.Embedding(SIZES["vocab_size"], SIZES["hidden_size"]).requires_grad_(False)
+    network.get_input_embeddings = lambda: words
+    monkeypatch.setattr(decoder, "_compiled", functools.cache(lambda part: torch.compile(part, dynamic=True, backend="eager")))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    layout, positions_T = pack_of([Group(2, 30)])
+    ids_1T = torch.arange(60)[None] % 7  # 0: a place of a picture
+    features = torch.randn(3, 3, SIZES["hidden_size"], requires_grad=True)
+    embedded = embed(network, ids_1T, features, 0, (ids_1T[0] == 0).nonzero()[:, 0])
+    assert torch.equal(embedded[0, 7], features[0, 1])
+    assert torch.equal(embedded[0, 8], words.weight[1])
+    hidden_at_targets(network, embedded, positions_T[None], layout, torch.arange(9), Walk(compiled=True)).sum().backward()
+    assert features.grad is not None
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_joint_projections_keep_the_attentions_own_dropout() -> None:

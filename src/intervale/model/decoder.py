@@ -36,7 +36,7 @@ class Adapter(Protocol):
         """Draw the dropout masks of a micro-batch."""
 
     def builds(self) -> list[Callable[[], None]]:
-        """What builds its kernels ahead of the first pass, for the current GPU."""
+        """What builds its kernels ahead of the first pass, for the current GPU; it can be pickled."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,23 @@ def _mlp_part(layer: Any, hidden_ND: torch.Tensor) -> torch.Tensor:
     return seen
 
 
+def start_compilers() -> None:
+    """Start the processes in which torch compiles kernels. Until they are there it compiles one after the other, in this one."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    _few_compilers()
+    AsyncCompile.warm_pool()
+    AsyncCompile.wakeup()
+
+
+def _few_compilers() -> None:
+    inductor.compile_threads = min(_COMPILERS, os.cpu_count() or 1)
+
+
 @cache
 def _compiled(part: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """One compiled function for all layers and lengths."""
-    inductor.compile_threads = min(_COMPILERS, os.cpu_count() or 1)
+    _few_compilers()
     function: Callable[..., torch.Tensor] = torch.compile(part, dynamic=True)
     return function
 

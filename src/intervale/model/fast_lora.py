@@ -169,7 +169,7 @@ class FastLora:
         self._sizes = {together.sizes() for together in found}
 
     def builds(self) -> list[Callable[[], None]]:
-        """What builds its kernels ahead of the first pass, for the current GPU; each may run in a thread of its own."""
+        """What builds its kernels ahead of the first pass, for the current GPU; each may run in a thread or a process of its own."""
         return [partial(build, *sizes) for sizes in self._sizes]
 
     @torch.no_grad()

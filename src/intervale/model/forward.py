@@ -56,6 +56,7 @@ def embed(
 
     The counts must agree: a silent mismatch is how other trainers lose pictures. `places_P`: where these tokens stand in the flattened
     ids, if it is known already: looking for them makes the host wait for all that a GPU was given before, here and on the way back.
+    What is given is no view of another tensor, as no layer's output is: for a view the first layer would be compiled apart.
     """
     embedded = network.get_input_embeddings()(ids_BS)
     if places_P is None:
@@ -64,8 +65,8 @@ def embed(
     assert len(places_P) == have, f"{len(places_P)} picture tokens but {have} features"
     if features is None:
         return embedded
-    filled = embedded.flatten(0, 1).index_copy(0, places_P, features.flatten(0, 1).to(embedded.dtype))
-    return filled.view_as(embedded)
+    at = (places_P // ids_BS.shape[1], places_P % ids_BS.shape[1])
+    return embedded.index_put(at, features.flatten(0, 1).to(embedded.dtype))
 
 
 def target_losses(

@@ -1,45 +1,63 @@
-"""The LoRA kernels of the first step, built in threads: building leaves the interpreter lock alone most of the time.
+"""What the first step on a GPU waits for and processes can make while the pictures are encoded: torch's compilers and the LoRA kernels.
 
-Promises: nothing that a step computes depends on it; a build that fails is left for the step to meet and to tell. Cost: nothing is
-saved while pictures are encoded, where every launch of a kernel takes that lock (14.7 instead of 9.6 s for 256 pictures, docs/log.md):
-so they are built while the layers are compiled, which is one thread's work, or all at once before the first step.
+Promises: nothing that a step computes depends on it; what fails here is left for the step to meet and to tell; no process of ours
+outlives the block. Cost: processes and not threads, because a thread takes the interpreter lock from the encoding, which needs it for
+every launch of a kernel, and from the compiling of the layers (docs/log.md).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-_THREADS = 4
+from intervale.model.decoder import Walk, start_compilers
+from intervale.train.builder import build_all
+
+_PATIENCE = 5.0  # seconds for the last kernel; what is missing then is built here
+_BUILDER = ("-m", "intervale.train.builder")
 
 
-class Beside:
-    """Works for a GPU, each in a thread. `wait`: `begin` ends with them, for who would need them at once."""
+@contextlib.contextmanager
+def made_ahead(walk: Walk, device: torch.device, builder: bool = True) -> Iterator[None]:
+    """Around what comes before the first step. `builder`: whether this process starts one that builds; on a machine one is enough."""
+    if device.type != "cuda":
+        yield
+        return
+    if walk.compiled:
+        with contextlib.suppress(Exception):
+            start_compilers()
+    works = walk.adapter.builds() if walk.adapter is not None else []
+    with building(works, device) if builder else contextlib.nullcontext():
+        yield
+    build_all(works, device)  # out of the cache on the disk, where the other process was in time
 
-    def __init__(self, works: Sequence[Callable[[], None]] = (), device: torch.device | None = None, wait: bool = False) -> None:
-        self._works, self._device, self._wait = list(works), device, wait
-        self._pool: ThreadPoolExecutor | None = None
 
-    def begin(self) -> None:
-        """Start them, the first time it is called. Processes that load pictures must be there already: threads and forks do not mix."""
-        if self._works:
-            self._pool = ThreadPoolExecutor(min(_THREADS, len(self._works)), thread_name_prefix="build")
-            for work in self._works:
-                self._pool.submit(self._make, work)
-            self._works = []
-            if self._wait:
-                self.finish()
+@contextlib.contextmanager
+def building(works: Sequence[Callable[[], None]], device: torch.device) -> Iterator[None]:
+    """A process that makes `works` (functions that can be pickled) beside the block. It is ended where it takes longer, or the block fails."""
+    child = _start(works, device) if works else None
+    try:
+        yield
+        if child is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_PATIENCE)
+    finally:
+        if child is not None and child.poll() is None:
+            child.kill()
+            child.wait()
 
-    def finish(self) -> None:
-        """Wait for what was begun."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
 
-    def _make(self, work: Callable[[], None]) -> None:
-        gpu = self._device is not None and self._device.type == "cuda"
-        with contextlib.suppress(Exception), torch.cuda.device(self._device) if gpu else contextlib.nullcontext():  # else the first GPU
-            work()
+def _start(works: Sequence[Callable[[], None]], device: torch.device) -> subprocess.Popen[bytes] | None:
+    quiet = subprocess.DEVNULL
+    with contextlib.suppress(OSError):
+        child = subprocess.Popen([sys.executable, *_BUILDER], stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
+        assert child.stdin is not None
+        with contextlib.suppress(OSError), child.stdin:  # it has ended already: its own fault, met again here
+            child.stdin.write(pickle.dumps((str(device), list(works))))
+        return child
+    return None

@@ -24,7 +24,7 @@ from intervale.core.lang import say
 from intervale.core.runlog import forget_after
 from intervale.model.decoder import Walk
 from intervale.train import job as jobs
-from intervale.train.ahead import Beside
+from intervale.train.ahead import made_ahead
 from intervale.train.best import scores_of
 from intervale.train.feature_cache import KeptFeatures, fill, plan_of, told
 from intervale.train.held_out import due
@@ -181,8 +181,10 @@ def _train(job: Job, world: World, state: str, accept_changes: bool, begun: floa
     share, why_share = jobs.share_prefixes(job)
     if why_share:
         job.tell(why_share)
-    kept = fill(job, world, network, dtype, plan)
-    loop = _loop_of(job, world, ready, kept, progress)
+    walk = _walk(job, world, ready, progress)
+    with made_ahead(walk, world.device, world.first):
+        kept = fill(job, world, network, dtype, plan)
+    loop = _loop_of(job, world, ready, kept, progress, walk)
     loop.strategy.restore_moments(moments)
     loop.total, loop.share, loop.begun, loop.an_epoch = total, share, begun, len(job.order())
     loop.skipped |= already_skipped(job.folder)
@@ -203,14 +205,17 @@ def _train(job: Job, world: World, state: str, accept_changes: bool, begun: floa
     return _finish(loop)
 
 
-def _loop_of(job: Job, world: World, ready: jobs.Ready, kept: KeptFeatures | None, progress: Progress) -> Loop:
-    """What the steps need, with the plan for the memory and whether layers are compiled; both are told."""
+def _walk(job: Job, world: World, ready: jobs.Ready, progress: Progress) -> Walk:
+    """Whether layers are compiled, and how LoRA goes."""
+    tokens = job.passing(job.steps() - progress.step)[1] // world.size  # those that this process has left
+    parted, small = jobs.shards_layers(job.recipe, world), job.recipe.lora.quantize != "none"
+    compiled = worth_compiling(job.recipe, world.device, ready.cost.parameters, tokens) and not parted and not small
+    return Walk(compiled=compiled, adapter=ready.adapter, whole=parted)
+
+
+def _loop_of(job: Job, world: World, ready: jobs.Ready, kept: KeptFeatures | None, progress: Progress, walk: Walk) -> Loop:
+    """What the steps need, with the plan for the memory; it and how layers are walked are told."""
     recipe, cost, device = job.recipe, ready.cost, world.device
-    total = job.steps()
-    tokens = job.passing(total - progress.step)[1] // world.size  # those that this process has left
-    parted, small = jobs.shards_layers(recipe, world), recipe.lora.quantize != "none"
-    compiled = worth_compiling(recipe, device, cost.parameters, tokens) and not parted and not small
-    walk = Walk(compiled=compiled, adapter=ready.adapter, whole=parted)
     compute = Compute(ready.dtype, device, job.side.tokenizer.control("<IMG_CONTEXT>"), kept, walk)
     strategy = _strategy(ready.network, recipe, world, compute)
     loop = Loop(
@@ -222,15 +227,14 @@ def _loop_of(job: Job, world: World, ready: jobs.Ready, kept: KeptFeatures | Non
         compute,
         tile_cache(job, world),
         kept.known if kept else None,
-        total,
+        job.steps(),
         progress,
         saver=Saver(job.tell),
-        builds=Beside(ready.adapter.builds() if ready.adapter else [], device, wait=not compiled),
     )
     room = free_memory(device) - cost.optimizer  # the weights are there already
     loop.refit(first_fit(recipe, device, job.longest, room, cost.kept, cost.recomputed))
     lora = say(", LoRA fused", "，LoRA 已融合") if ready.adapter else ""
-    layers = say(", layers compiled (the first step takes a while)", "，编译各层（第一步会较久）") if compiled else ""
+    layers = say(", layers compiled (the first step takes a while)", "，编译各层（第一步会较久）") if walk.compiled else ""
     job.tell(say("a step: ", "每步：") + in_words(loop.fit, recipe) + lora + layers)
     return loop
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from transformers import InternVLForConditionalGeneration
 
 from intervale.data.dataset import TileCache
-from intervale.train.ahead import Beside
 from intervale.train.batches import Batch
 from intervale.train.best import Scores
 from intervale.train.job import Job
@@ -47,7 +46,6 @@ class Loop:
     spare: Batch = field(default_factory=spare_batch)
     scores: Scores = field(default_factory=Scores)
     saver: Saver = field(default_factory=Saver)
-    builds: Beside = field(default_factory=Beside)  # kernels of the first step
     trackers: Trackers | None = None  # of the first process
 
     def settle(self) -> None:

@@ -116,9 +116,7 @@ def _run_in_packs(loop: Loop, report: _Report) -> bool:
     for loaded in moved(_loader(loop), loop.compute):
         _list_bad(loop, loaded.bad)
         first = loop.progress.step == report.done
-        loop.builds.begin()
         entry = _one_step(loop, loaded.batches)
-        loop.builds.finish()
         if entry is None:
             return False
         report.step(entry)
