@@ -118,11 +118,11 @@ class Together(torch.nn.Module):
         self.seconds = [layer.lora_B["default"].weight for layer in layers]
 
     def copies(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(where the products read it, the parameter) of every A and B."""
+        """(where the products read it, the parameter) of every A and B. The parameter itself: DeepSpeed gives it another memory."""
         rank, inputs = len(self.firsts[0]), self.firsts[0].shape[1]
         for at, rows_NKR in enumerate(self.wide_NKR.split(self.outputs)):
-            yield self.small_GRK[at * rank : (at + 1) * rank], self.firsts[at].detach()
-            yield rows_NKR[:, inputs + at * rank : inputs + (at + 1) * rank], self.seconds[at].detach()
+            yield self.small_GRK[at * rank : (at + 1) * rank], self.firsts[at]
+            yield rows_NKR[:, inputs + at * rank : inputs + (at + 1) * rank], self.seconds[at]
 
     def sizes(self) -> tuple[Any, ...]:
         """What its kernels are built for, as `lora_kernels.build` takes it."""

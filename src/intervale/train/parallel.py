@@ -1,7 +1,8 @@
 """Several processes on one optimizer step (started by us, torchrun or accelerate): who they are, and sums across them.
 
 The step's mathematics do not depend on their number: each takes its share of the step's items, losses are divided by the
-target tokens of the whole step, and gradients are added up. One process: every function here is the identity.
+target tokens of the whole step, and gradients are added up. One process: every function here is the identity. Numbers that the host
+knows go from host to host: through the GPUs each sum would wait for all that they were given before, and leave them without work.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,11 +23,12 @@ _BUCKET = 1 << 25  # elements a gradient message carries: 128 MiB in float32
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, their number, its device."""
+    """This process among all: its rank, their number, its device. `hosts`: the group through which the hosts talk; None: the only one."""
 
     rank: int
     size: int
     device: torch.device
+    hosts: Any = None
 
     @property
     def first(self) -> bool:
@@ -57,7 +60,8 @@ def join_world(strategy: str, device: str) -> World:
             )
         torch.cuda.set_device(here)
     dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
-    return World(dist.get_rank(), size, here)
+    hosts = dist.new_group(backend="gloo") if here.type == "cuda" else None
+    return World(dist.get_rank(), size, here, hosts)
 
 
 def leave_world(world: World) -> None:
@@ -83,8 +87,8 @@ def sum_values(world: World, values: list[float]) -> list[float]:
     """Each value added up over all processes."""
     if world.size == 1:
         return values
-    total = torch.tensor(values, dtype=torch.float64, device=world.device)
-    dist.all_reduce(total)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=world.hosts)
     return [float(value) for value in total]
 
 
@@ -92,8 +96,8 @@ def most_of(world: World, value: int) -> int:
     """The largest value over all processes."""
     if world.size == 1:
         return value
-    most = torch.tensor(value, device=world.device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
+    most = torch.tensor(value)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=world.hosts)
     return int(most)
 
 
@@ -126,4 +130,4 @@ def _sum_bucket(gradients: list[torch.Tensor]) -> None:
 def wait(world: World) -> None:
     """Until every process is here."""
     if world.size > 1:
-        dist.barrier()
+        dist.barrier(world.hosts)

@@ -179,6 +179,11 @@ class Zero:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 60,
         }
+        for parameter in network.parameters():
+            if (
+                not parameter.requires_grad
+            ):  # read from the same files by every process; DeepSpeed would send them, and cannot send a part of a matrix
+                parameter.ds_optim_param = True  # its word for what each process has as its own
         with _quiet():
             self._engine: Any = deepspeed.initialize(model=StepModule(network.to(world.device)), optimizer=self._inner, config=settings)[0]
         self._names = {parameter: name for name, parameter in trainable(network).items()}
