@@ -6,7 +6,8 @@
 
 `intervale train` as a user runs it, a way after the other, each in processes of its own; InternVL2-2B shapes with random weights, LoRA
 128/256, projector learns, batch 4 x accumulation 2 in every process (so a step of n processes holds n times the items). The last line
-is JSON; `ratio` is samples a second over the first `single`.
+is JSON; `ratio` is samples a second over the first `single`. A step's seconds are those between two lines of the run's metrics.jsonl, as
+seen from outside; `inside_s` is what the step itself says.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,20 @@ def run_command(command: list[str], environment: dict[str, str], log: Path, limi
     return code, log.read_text(encoding="utf-8", errors="replace")
 
 
+def arrivals(path: Path, ended: threading.Event) -> list[float]:
+    """When each line of a file that grows was there (seconds of the monotonic clock), looked at every 2 ms."""
+    times: list[float] = []
+    read = 0
+    while not ended.wait(0.002):
+        if path.exists():
+            with open(path, "rb") as file:
+                file.seek(read)
+                new = file.read()
+            read += len(new)
+            times += [time.monotonic()] * new.count(b"\n")
+    return times
+
+
 def run_way(name: str, given: argparse.Namespace, work: Path, base: Path, data: Path) -> dict[str, Any]:
     """One way's row."""
     way = WAYS[name]
@@ -107,14 +124,24 @@ def run_way(name: str, given: argparse.Namespace, work: Path, base: Path, data: 
     begun = time.monotonic()
     environment = os.environ | {"INTERVALE_DEVICE": given.device}
     command = [sys.executable, "-m", "intervale", "train", str(path)]
-    code, said = run_command(command, environment, work / f"{name}.log", given.limit)
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(arrivals, folder / "metrics.jsonl", ended)
+        try:
+            code, said = run_command(command, environment, work / f"{name}.log", given.limit)
+        finally:
+            ended.set()
     seconds = time.monotonic() - begun
     if code:
         return {"way": name, "processes": processes, "error": f"exit code {code}", "log": said.strip().splitlines()[-_SHOWN:]}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line]
-    timed = lines[given.warmup :]
-    each = statistics.median(line["seconds"] for line in timed)
+    times = watching.result()
+    assert len(lines) == len(times) == total, "a line a step, none of them an evaluation"
+    timed, steps = (
+        lines[given.warmup :],
+        [after - before for before, after in zip(times[given.warmup - 1 :], times[given.warmup :], strict=False)],
+    )
+    each = statistics.median(steps)
     samples = statistics.mean(line["samples"] for line in timed)
     for place in (folder, folder.with_suffix(".features")):
         shutil.rmtree(place)
@@ -123,7 +150,8 @@ def run_way(name: str, given: argparse.Namespace, work: Path, base: Path, data: 
         "processes": processes,
         "samples_s": round(samples / each, 3),
         "step_s": round(each, 4),
-        "step_s_most": round(max(line["seconds"] for line in timed), 4),
+        "step_s_most": round(max(steps), 4),
+        "inside_s": round(statistics.median(line["seconds"] for line in timed), 4),
         "samples_a_step": samples,
         "memory_gib": max(line["memory_gib"] for line in lines),
         "process_s": round(seconds, 1),

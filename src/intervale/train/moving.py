@@ -1,12 +1,13 @@
 """A step's batches and kept features on their way to the GPU while it makes the step before.
 
-Promises: the same batches in the same order; on a CPU nothing happens. Cost: the next step's tensors are on the GPU a step early
-(0.2 GiB for eight pictures of 13 tiles).
+Promises: the same batches in the same order; on a CPU nothing happens. Features come from memory, or from the disk, which a thread
+reads meanwhile: eight pictures of 13 tiles are 0.2 GiB. Cost: the next step's tensors are on the GPU a step early, where it has room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -16,20 +17,30 @@ from intervale.train.step import Compute
 
 
 def moved(steps: Iterator[Loaded], compute: Compute) -> Iterator[Loaded]:
-    """The steps with their batches on the device; those of the next one are being copied when a step is handed out."""
+    """The steps with their batches on the device; those of the next one are being read and copied when a step is handed out."""
     if compute.device.type != "cuda":
         yield from steps
         return
     stream, here = torch.cuda.Stream(compute.device), torch.cuda.current_stream(compute.device)
-    waiting: tuple[Loaded, torch.cuda.Event] | None = None
-    for loaded in steps:
-        with torch.cuda.stream(stream):
+    coming: Future[tuple[Loaded, torch.cuda.Event | None]] | None = None
+    with ThreadPoolExecutor(1, thread_name_prefix="move") as pool:
+        for loaded in steps:
+            following = pool.submit(_move, loaded, compute, stream)
+            if coming is not None:
+                yield _arrived(*coming.result(), here)
+            coming = following
+        if coming is not None:
+            yield _arrived(*coming.result(), here)
+
+
+def _move(loaded: Loaded, compute: Compute, stream: torch.cuda.Stream) -> tuple[Loaded, torch.cuda.Event | None]:
+    """In the thread. Without room beside the running step they stay where they are: the step moves what it finds elsewhere."""
+    try:
+        with torch.cuda.device(compute.device), torch.cuda.stream(stream):
             coming = Loaded([_on_device(batch, compute) for batch in loaded.batches], loaded.bad)
-        if waiting is not None:
-            yield _arrived(*waiting, here)
-        waiting = coming, stream.record_event()
-    if waiting is not None:
-        yield _arrived(*waiting, here)
+            return coming, stream.record_event()
+    except torch.OutOfMemoryError:
+        return loaded, None
 
 
 def _on_device(batch: Batch, compute: Compute) -> Batch:
@@ -40,8 +51,10 @@ def _on_device(batch: Batch, compute: Compute) -> Batch:
     return replace(batch.to(compute.device), features=features)
 
 
-def _arrived(loaded: Loaded, event: torch.cuda.Event, here: torch.cuda.Stream) -> Loaded:
+def _arrived(loaded: Loaded, event: torch.cuda.Event | None, here: torch.cuda.Stream) -> Loaded:
     """The step for the stream that computes: it waits for the copies, and their memory is not given away before it has used them."""
+    if event is None:
+        return loaded
     here.wait_event(event)
     for batch in loaded.batches:
         for tensor in batch.tensors():

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from intervale.core.errors import OutsideError, UserError
 
-_BUCKET = 1 << 25  # elements a gradient message carries: 128 MiB in float32
+BUCKET = 1 << 25  # elements a gradient message carries: 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def sum_gradients(world: World, parameters: Iterable[torch.nn.Parameter]) -> Non
         assert parameter.grad is not None
         bucket.append(parameter.grad)
         filled += parameter.numel()
-        if filled >= _BUCKET:
+        if filled >= BUCKET:
             _sum_bucket(bucket)
             bucket, filled = [], 0
     if bucket:

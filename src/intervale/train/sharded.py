@@ -21,7 +21,7 @@ from intervale.core.errors import UserError
 from intervale.model.forward import picture_features
 from intervale.train.batches import Batch
 from intervale.train.optimizer import Optimizers, make_optimizer
-from intervale.train.parallel import World
+from intervale.train.parallel import BUCKET, World
 from intervale.train.recipe import TrainRecipe
 from intervale.train.state import MOMENTS, Tensors, trainable
 from intervale.train.step import Losses, batch_losses
@@ -175,7 +175,11 @@ class Zero:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,  # the loop tells which pass is a step's last
             "gradient_clipping": recipe.train.max_norm,
-            "zero_optimization": {"stage": recipe.parallel.zero_stage},
+            "zero_optimization": {
+                "stage": recipe.parallel.zero_stage,
+                "overlap_comm": world.device.type == "cuda",
+                "reduce_bucket_size": BUCKET,  # by default all gradients of LoRA go into one, at the end of the way back
+            },
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 60,
         }
