@@ -23,6 +23,7 @@ from intervale.core.runlog import read_metrics
 from intervale.model.adapt import newest_checkpoint
 from intervale.train import loop
 from intervale.train.loop import Outcome, train
+from intervale.train.prepare import Cost, of_each
 from intervale.train.recipe import TrainRecipe
 from intervale.train.state import choose_checkpoint
 
@@ -230,6 +231,32 @@ def test_dry_run_counts_the_processes_that_the_recipe_starts(tmp_path: Path, tin
     said: list[str] = []
     run(write_recipe(tmp_path, tiny, plates), "parallel.strategy=ddp", "parallel.processes=2", dry_run=True, said=said)
     assert "steps: 2" in said  # 8 items, 2 x 2 x 2 a step, 2 epochs
+
+
+def test_dry_run_tells_what_one_of_several_processes_holds(
+    tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tuned whole language model on four processes: gradient (4 bytes), moments (8), DeepSpeed's copy (4), in parts as the engine has them."""
+    seen: list[Cost] = []
+    monkeypatch.setattr(loop, "of_each", lambda *given: seen.extend((given[0], of_each(*given))) or seen[-1])
+    path = write_recipe(tmp_path, tiny, plates)
+    run(path, "train.llm=full", "parallel.processes=4", "parallel.strategy=fsdp", dry_run=True)
+    whole, shown = seen
+    assert 0 < whole.layers < whole.weights
+    for strategy, stage, layers, bytes_a_weight in (
+        ("ddp", 2, 1.0, 12.0),
+        ("fsdp", 2, 1 / 4, 12 / 4),
+        ("deepspeed", 1, 1.0, 4 + 12 / 4),
+        ("deepspeed", 2, 1.0, 16 / 4),
+        ("deepspeed", 3, 1 / 4, 16 / 4),
+    ):
+        recipe = load_recipe(path, TrainRecipe, [f"parallel.strategy={strategy}", f"parallel.zero_stage={stage}"])
+        part = of_each(whole, recipe, 4)
+        assert part.weights == pytest.approx(whole.weights - whole.layers * (1 - layers), abs=1)
+        assert part.optimizer == pytest.approx(whole.trainable * bytes_a_weight, abs=1)
+        assert (part.kept, part.checkpoint) == (whole.kept, whole.checkpoint)
+        assert (part == shown) == (strategy == "fsdp")
+        assert of_each(whole, recipe, 1) == whole
 
 
 @pytest.mark.parametrize("index", ["off", "on"])

@@ -33,7 +33,7 @@ from intervale.train.memory import at_once, first_fit, in_words, what_to_set
 from intervale.train.optimizer import make_optimizer
 from intervale.train.parallel import World, hearing_of_others, join_world, leave_world, started, sum_values, wait
 from intervale.train.plot import draw_losses
-from intervale.train.prepare import GIB, free_memory, need_compiler, worth_compiling
+from intervale.train.prepare import GIB, free_memory, need_compiler, of_each, worth_compiling
 from intervale.train.recipe import TrainRecipe
 from intervale.train.resume import already_skipped, go_on, sweep
 from intervale.train.running import Loop
@@ -116,7 +116,7 @@ def _describe(job: Job, total: int) -> str:
 
 def _dry_run(job: Job, world: World) -> Outcome:
     ready = jobs.plan_for(job, world)
-    network, dtype, cost = ready.network, ready.dtype, ready.cost
+    network, dtype, cost = ready.network, ready.dtype, of_each(ready.cost, job.recipe, job.processes)
     total = job.steps()
     epochs, tokens = job.passing(total)
     longest = job.measured.longest
@@ -215,7 +215,7 @@ def _walk(job: Job, world: World, ready: jobs.Ready, progress: Progress) -> Walk
 
 def _loop_of(job: Job, world: World, ready: jobs.Ready, kept: KeptFeatures | None, progress: Progress, walk: Walk) -> Loop:
     """What the steps need, with the plan for the memory; it and how layers are walked are told."""
-    recipe, cost, device = job.recipe, ready.cost, world.device
+    recipe, cost, device = job.recipe, of_each(ready.cost, job.recipe, world.size), world.device
     compute = Compute(ready.dtype, device, job.side.tokenizer.control("<IMG_CONTEXT>"), kept, walk)
     strategy = _strategy(ready.network, recipe, world, compute)
     loop = Loop(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -20,7 +20,8 @@ from intervale.train.recipe import TrainRecipe
 from intervale.train.state import trainable
 
 GIB = 1 << 30
-_ADAM_BYTES = 4 + 4 + 4  # gradient and two moments in float32
+_GRADIENT_BYTES, _MOMENT_BYTES = 4, 4 + 4  # a parameter's, in float32
+_LAYERS = "model.language_model.layers."
 # Activations a layer keeps for the backward pass, in units of (tokens x hidden): measured shapes of a pre-norm block with a
 # gated MLP of ratio 4 (inputs of 2 norms, q k v, attention output, 3 MLP activations of 4 x hidden); with checkpointing, one.
 _KEPT_PER_LAYER, _KEPT_CHECKPOINTED = 18, 1
@@ -39,6 +40,7 @@ class Cost:
     parameters: int
     trainable: int
     weights: int
+    layers: int  # of them the language model's layers
     optimizer: int
     kept: float  # bytes of activations a token
     recomputed: float  # the same with checkpointing
@@ -100,11 +102,27 @@ def estimate(network: InternVLForConditionalGeneration, recipe: TrainRecipe, dty
             return BYTES_A_WEIGHT
         return 4 if name in learns else dtype.itemsize
 
-    weights = int(sum(count * each_of(name) for name, count in counts.items()))
+    weights, layers = (
+        int(sum(count * each_of(name) for name, count in counts.items() if name.startswith(beginning))) for beginning in ("", _LAYERS)
+    )
+    optimizer = learning * (_GRADIENT_BYTES + _MOMENT_BYTES)
     with_lora = _KEPT_WITH_FUSED_LORA if fused else _KEPT_WITH_LORA
     units = with_lora if recipe.train.llm == "lora" else _KEPT_PER_LAYER
     kept, recomputed = (_activations(network, recipe, number) * dtype.itemsize for number in (units, _KEPT_CHECKPOINTED))
-    return Cost(sum(counts.values()), learning, weights, learning * _ADAM_BYTES, kept, recomputed)
+    return Cost(sum(counts.values()), learning, weights, layers, optimizer, kept, recomputed)
+
+
+def of_each(cost: Cost, recipe: TrainRecipe, processes: int) -> Cost:
+    """What one of several processes holds. FSDP and ZeRO-3 deal out layers, gradients and moments, ZeRO-2 gradients and moments, ZeRO-1
+    moments; DeepSpeed also deals out a second copy of what learns."""
+    strategy = recipe.parallel.strategy
+    stage = {"fsdp": 3, "deepspeed": recipe.parallel.zero_stage}.get(strategy, 0) if processes > 1 else 0
+    if not stage:
+        return cost
+    copy, gradients = 4 if strategy == "deepspeed" else 0, _GRADIENT_BYTES / (processes if stage > 1 else 1)
+    optimizer = cost.trainable * ((_MOMENT_BYTES + copy) / processes + gradients)
+    layers = cost.layers // processes if stage == 3 else cost.layers
+    return replace(cost, weights=cost.weights - cost.layers + layers, layers=layers, optimizer=int(optimizer))
 
 
 def _activations(network: InternVLForConditionalGeneration, recipe: TrainRecipe, units: int) -> float:
