@@ -1,6 +1,7 @@
 """`intervale train --export`: the run and its model in one command, refused before the training where it could not be written."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +119,16 @@ def test_of_several_processes_the_first_exports(recipe: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("tensors changed") + done.stdout.count("tensors changed") == 1
     assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_a_sigterm_during_the_export_leaves_the_run_and_says_so(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("intervale.export.export.export", ended)
+    code, said = train(recipe, "--export", str(tmp_path / "model"))
+    assert code == 143
+    assert "nothing was exported" in said
+    assert "is complete" in said
+    assert not (tmp_path / "model").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -113,6 +114,7 @@ def _export(run: Path, dst: Path, to: str) -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # what is half written is removed, and the rest said
     try:
         export_and_tell(run, dst, to, "source", [], False)
     except BaseException:
@@ -123,3 +125,5 @@ def _export(run: Path, dst: Path, to: str) -> None:
             )
         )
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
