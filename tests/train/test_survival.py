@@ -499,6 +499,21 @@ def test_a_step_that_found_no_memory_is_made_again_in_smaller_packs_then_recompu
     assert losses(tmp_path / "run") == pytest.approx(losses(spare), rel=1e-5)
 
 
+def test_a_process_without_memory_asks_nobody_who_waits_for_it_in_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where passes need all processes, the others wait in the middle of one: an answer would never come."""
+
+    def accumulate(*values: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(steps, "accumulate", accumulate)
+    monkeypatch.setattr(steps, "idle_passes", lambda *values: [])
+    monkeypatch.setattr(steps, "sum_values", lambda *values: pytest.fail("asked"))
+    parts = {name: SimpleNamespace() for name in ("world", "network", "compute", "spare", "job")}
+    loop: Any = SimpleNamespace(**parts, saver=SimpleNamespace(busy=False), strategy=SimpleNamespace(uniform=True))
+    with pytest.raises(torch.OutOfMemoryError):
+        steps._gradients(loop, [], 1)
+
+
 @pytest.fixture(scope="module")
 def straight_pair(tmp_path_factory: pytest.TempPathFactory, tiny: Path, plates: Path) -> Path:
     """The folder of a run by two processes that torchrun started, dropout on, every step saved: 4 items a step, 6 steps."""

@@ -182,12 +182,14 @@ def _gradients(loop: Loop, batches: list[Batch], targets: int) -> Sums | None:
         idle = idle_passes(len(batches), loop.strategy, loop.world, loop.spare)
         sums = _accumulated(loop, batches, targets, idle)
     except torch.OutOfMemoryError as error:
+        if loop.strategy.uniform:  # others wait in the middle of a pass and cannot be asked: this process ends, and its launcher ends them
+            raise
         fault = error.with_traceback(None)  # whose frames hold the step's tensors
+    if loop.strategy.uniform:
+        return sums
     faults, savers = sum_values(loop.world, [float(fault is not None), float(saving)])
     if not faults:
         return sums
-    if loop.strategy.uniform:  # others wait in the middle of a pass: this process ends, and its launcher ends them
-        raise fault or torch.OutOfMemoryError("another process has no memory left")
     if savers:
         loop.saver.finish()  # its copies may be what was missing
     fit = loop.fit if savers else lower(loop.fit, loop.job.recipe, loop.job.longest)
