@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from test_loop import losses, run, write_recipe
 
@@ -20,7 +24,8 @@ from intervale.core.errors import UserError
 from intervale.core.runlog import read_metrics
 from intervale.export.export import export
 from intervale.model.adapt import newest_checkpoint
-from intervale.train import steps
+from intervale.train import parallel, steps
+from intervale.train.parallel import World
 from intervale.train.recipe import TrainRecipe
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed (intervale[deepspeed])")
@@ -164,6 +169,53 @@ def test_a_signal_reaches_every_process_once_and_the_run_goes_on(
     newest = newest_checkpoint(tmp_path / "run")
     assert newest is not None
     assert int(newest.name.removeprefix("step-")) == read_metrics(tmp_path / "run")[-1]["step"]
+
+
+class Connection:
+    """Stands in for torch.distributed beside GPUs: what was opened and closed, and where the numbers lay that were added up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[Any] = []
+        monkeypatch.setattr(dist, "init_process_group", self.told.append)
+        monkeypatch.setattr(dist, "new_group", lambda backend: self.told.append(backend) or backend)
+        monkeypatch.setattr(dist, "get_rank", lambda: 0)
+        monkeypatch.setattr(dist, "all_reduce", lambda tensor, *more, group: self.told.append((str(tensor.device), group)))
+        monkeypatch.setattr(dist, "barrier", self.told.append)
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: self.told.append("closed"))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+@pytest.mark.parametrize(("here", "hosts"), [("2", "gloo"), ("1", None), (None, None)])
+def test_hosts_of_one_machine_have_a_connection_of_their_own(monkeypatch: pytest.MonkeyPatch, here: str | None, hosts: str | None) -> None:
+    """Between machines it would need a network of its own settings, without which the start would only wait."""
+    connection = Connection(monkeypatch)
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", here)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    world = parallel.join_world("ddp", "cuda")
+    assert (world.device, world.hosts) == (torch.device("cuda:0"), hosts)
+    assert connection.told == (["nccl", "gloo"] if hosts else ["nccl"])
+    connection.told.clear()
+    world = replace(world, device=torch.device("meta"))  # a device that is no CPU, and that every machine has
+    if hosts:
+        assert parallel.sum_values(world, [2.0, 3.0]) == [2.0, 3.0]
+        assert parallel.most_of(world, 7) == 7
+    else:
+        for ask, given in ((parallel.sum_values, [2.0]), (parallel.most_of, 7)):
+            with pytest.raises((RuntimeError, NotImplementedError)):  # nothing can be read from it
+                ask(world, given)  # type: ignore[operator]
+    parallel.wait(world)
+    assert connection.told == [("cpu" if hosts else "meta", hosts)] * 2 + [hosts]
+
+
+def test_who_ends_by_an_error_does_not_wait_for_the_others_to_close_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    connection = Connection(monkeypatch)
+    with pytest.raises(UserError), parallel.left_together(World(0, 2, torch.device("cpu"))):
+        raise UserError("what", "fix")
+    assert not connection.told
+    with parallel.left_together(World(0, 2, torch.device("cpu"))):
+        pass
+    assert connection.told == ["closed"]
 
 
 def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:

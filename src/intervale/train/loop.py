@@ -31,7 +31,7 @@ from intervale.train.held_out import due
 from intervale.train.job import Job
 from intervale.train.memory import at_once, first_fit, in_words, what_to_set
 from intervale.train.optimizer import make_optimizer
-from intervale.train.parallel import World, hearing_of_others, join_world, leave_world, started, sum_values, wait
+from intervale.train.parallel import World, hearing_of_others, join_world, left_together, started, sum_values, wait
 from intervale.train.plot import draw_losses
 from intervale.train.prepare import GIB, free_memory, need_compiler, of_each, worth_compiling
 from intervale.train.recipe import TrainRecipe
@@ -72,7 +72,7 @@ def train(
     world = join_world(recipe.parallel.strategy, jobs.pick_device())
     if not world.first:
         job = replace(job, tell=lambda text: None)
-    try:
+    with left_together(world):
         need_compiler(recipe, world.device)
         if dry_run:
             return _dry_run(job, world)
@@ -83,8 +83,6 @@ def train(
                 return Outcome("done", job.folder, job.steps())
             with hearing_of_others(world), jobs.guarded(job, world, state == "new"), _memory(job, world):
                 return _train(job, world, state, accept_changes, begun)
-    finally:
-        leave_world(world)
 
 
 @contextmanager

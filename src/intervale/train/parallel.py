@@ -1,8 +1,9 @@
 """Several processes on one optimizer step (started by us, torchrun or accelerate): who they are, and sums across them.
 
 The step's mathematics do not depend on their number: each takes its share of the step's items, losses are divided by the
-target tokens of the whole step, and gradients are added up. One process: every function here is the identity. Numbers that the host
-knows go from host to host: through the GPUs each sum would wait for all that they were given before, and leave them without work.
+target tokens of the whole step, and gradients are added up. One process: every function here is the identity. On one machine numbers
+that the hosts know go from host to host: through the GPUs each sum would wait for all that they were given before, and leave them without
+work. Several machines have one connection, that of the GPUs: a second one would need a network of its own settings.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ BUCKET = 1 << 25  # elements a gradient message carries: 128 MiB in float32
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, their number, its device. `hosts`: the group through which the hosts talk; None: the only one."""
+    """This process among all: its rank, their number, its device. `hosts`: the group through which the hosts talk where the devices have
+    another one; None: there is only one."""
 
     rank: int
     size: int
@@ -34,6 +36,11 @@ class World:
     def first(self) -> bool:
         """The process that writes files and speaks."""
         return self.rank == 0
+
+    @property
+    def numbers(self) -> torch.device:
+        """Where numbers lie that are to be added up."""
+        return self.device if self.hosts is None else torch.device("cpu")
 
 
 def started() -> int:
@@ -60,12 +67,16 @@ def join_world(strategy: str, device: str) -> World:
             )
         torch.cuda.set_device(here)
     dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
-    hosts = dist.new_group(backend="gloo") if here.type == "cuda" else None
+    together = os.environ.get("LOCAL_WORLD_SIZE") == str(size)  # all on this machine
+    hosts = dist.new_group(backend="gloo") if here.type == "cuda" and together else None
     return World(dist.get_rank(), size, here, hosts)
 
 
-def leave_world(world: World) -> None:
-    """Close the connection between the processes."""
+@contextmanager
+def left_together(world: World) -> Iterator[None]:
+    """Close the connection between the processes at the end. Not after an error, whose process only ends: closing NCCL waits for the
+    others, and they may be waiting for this one in the middle of a pass."""
+    yield
     if world.size > 1:
         dist.destroy_process_group()
 
@@ -87,7 +98,7 @@ def sum_values(world: World, values: list[float]) -> list[float]:
     """Each value added up over all processes."""
     if world.size == 1:
         return values
-    total = torch.tensor(values, dtype=torch.float64)
+    total = torch.tensor(values, dtype=torch.float64, device=world.numbers)
     dist.all_reduce(total, group=world.hosts)
     return [float(value) for value in total]
 
@@ -96,7 +107,7 @@ def most_of(world: World, value: int) -> int:
     """The largest value over all processes."""
     if world.size == 1:
         return value
-    most = torch.tensor(value)
+    most = torch.tensor(value, device=world.numbers)
     dist.all_reduce(most, dist.ReduceOp.MAX, group=world.hosts)
     return int(most)
 
