@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 from transformers import AttentionInterface, AutoConfig, AutoModel
 
 from intervale.data.packing import Group
@@ -137,3 +138,10 @@ def test_joint_projections_keep_the_attentions_own_dropout() -> None:
     torch.manual_seed(3)
     for one, other in zip(apart, walked(network, text, [Group(2, 9)], Walk()), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize(("asked", "started"), [(1, 1), (4, 4), (32, 8)])
+def test_no_more_compilers_are_started_than_torch_was_told(asked: int, started: int) -> None:
+    with inductor.patch(compile_threads=asked):
+        decoder._few_compilers()
+        assert inductor.compile_threads == started

@@ -112,3 +112,14 @@ def test_none_is_ended_in_the_middle_of_a_save(tmp_path: Path, monkeypatch: pyte
         )
         assert launch(2, [sys.executable, "-c", child]) == code
         assert written.exists()
+
+
+def test_a_file_in_the_users_folder_hides_no_module(tmp_path: Path) -> None:
+    """`-m` would look for typer and torch there first."""
+    for name in ("typer", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
+    (tmp_path / "r.yaml").write_text("model: nano\ndata: {train: /nowhere.jsonl}\nparallel: {processes: 2, strategy: ddp}\n")
+    command = [sys.executable, "-P", "-m", "intervale", "train", "r.yaml"]  # as the installed command: its folder is no place of modules
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"INTERVALE_DEVICE": "cpu"}, check=False)
+    assert "/nowhere.jsonl: cannot be read" in done.stderr
+    assert done.returncode == 1

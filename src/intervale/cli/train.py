@@ -46,12 +46,12 @@ def train(
     if out is not None:
         overrides.append(f"out={str(out)!r}")
     checked = load_recipe(recipe, TrainRecipe, overrides)
-    from intervale.train.launch import end_with_parent, launch, started_outside
+    from intervale.train.launch import PYTHON, end_with_parent, launch, started_outside
 
     if export is not None:
         _fits_export(export, run_folder(checked, recipe.stem))
     if (count := checked.parallel.processes or 1) > 1 and not started_outside() and not dry_run:
-        sys.exit(launch(count, [sys.executable, "-m", "intervale", *sys.argv[1:]]))
+        sys.exit(launch(count, [*PYTHON, "-m", "intervale", *sys.argv[1:]]))
     end_with_parent()
     if os.environ.get("RANK", "0") != "0":
         export = None  # of several processes the first exports, and says so

@@ -7,7 +7,6 @@ and all lengths. Legend: T tokens of a pack, N tokens with a label, D width.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -110,7 +109,8 @@ def start_compilers() -> None:
 
 
 def _few_compilers() -> None:
-    inductor.compile_threads = min(_COMPILERS, os.cpu_count() or 1)
+    """No more than are of use, and no more than the machine has cores or TORCHINDUCTOR_COMPILE_THREADS says, which torch has looked at."""
+    inductor.compile_threads = min(_COMPILERS, inductor.compile_threads or 1)
 
 
 @cache

@@ -1,7 +1,7 @@
 """`python -m intervale.train.builder`: a process that builds kernels into the compiler's cache on the disk, for the one that started it.
 
-It reads (place of the GPU, works) from its input, as its parent pickled them, and says nothing; a work that fails is left for its parent
-to meet. Cost: the start of torch, and half a GiB of the GPU until it ends.
+It reads (place of the GPU, works) from its input, as its parent pickled them, says nothing and ends with its parent; a work that fails is
+left for that one to meet. Cost: the start of torch, and half a GiB of the GPU until it ends.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+from intervale.train.launch import end_with_parent
 
 _THREADS = 4
 
@@ -30,5 +32,6 @@ def build_all(works: Sequence[Callable[[], None]], device: torch.device) -> None
 
 
 if __name__ == "__main__":
+    end_with_parent()
     place, works = pickle.load(sys.stdin.buffer)
     build_all(works, torch.device(place))

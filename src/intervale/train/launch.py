@@ -28,12 +28,18 @@ _SHOWN_LINES = 15
 _FOLLOWING = (None, 0, 3, 130, 143, -15)  # ended well, because another had, by a signal, or not yet
 _UNWRITTEN = 120  # the interpreter's own code for output that could not be written
 PARENT = "INTERVALE_PARENT"  # a process of ours watches over this id
+PYTHON = (sys.executable, "-P")  # another like this one: without -P, `-m` looks for modules in the user's current folder first
 SAVING = "INTERVALE_SAVING"  # a file that is there while the first process writes a checkpoint
 
 
 def started_outside() -> bool:
     """Have torchrun, accelerate or we started this process as one of several?"""
     return "WORLD_SIZE" in os.environ
+
+
+def python_environment() -> dict[str, str]:
+    """For `PYTHON`: it finds modules where this process does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def _free_port() -> int:
@@ -55,7 +61,7 @@ def _environment(rank: int, count: int, port: int, saving: Path) -> Mapping[str,
     }
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     return (
-        os.environ
+        python_environment()
         | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
         | {
             "MASTER_ADDR": "127.0.0.1",

@@ -180,7 +180,7 @@ def _train(job: Job, world: World, state: str, accept_changes: bool, begun: floa
     if why_share:
         job.tell(why_share)
     walk = _walk(job, world, ready, progress)
-    with made_ahead(walk, world.device, world.first):
+    with made_ahead(walk, world.device):
         kept = fill(job, world, network, dtype, plan)
     loop = _loop_of(job, world, ready, kept, progress, walk)
     loop.strategy.restore_moments(moments)
