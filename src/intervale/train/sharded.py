@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -161,6 +162,25 @@ def need_deepspeed() -> Any:
     return deepspeed
 
 
+def zero_settings(recipe: TrainRecipe, device: torch.device, version: str) -> dict[str, Any]:
+    """DeepSpeed's configuration. Gradients are sent beside the way back where that is right: before 0.19.3 ZeRO-1 and 2 sent what was not
+    all written yet (DeepSpeed's issue 8061), with compiled layers above all."""
+    stage = recipe.parallel.zero_stage
+    sound = stage == 3 or tuple(int(part) for part in re.findall(r"\d+", version)[:3]) >= (0, 19, 3)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,  # the loop tells which pass is a step's last
+        "gradient_clipping": recipe.train.max_norm,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": device.type == "cuda" and sound,
+            "reduce_bucket_size": BUCKET,  # by default all gradients of LoRA go into one, at the end of the way back
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 60,
+    }
+
+
 class Zero:
     """DeepSpeed's ZeRO: optimizer state (1), gradients too (2), parameters too (3) in parts."""
 
@@ -171,23 +191,12 @@ class Zero:
         self._network, self.world, self._spare, self._compute = network, world, spare, compute
         self.optimizer: Optimizers = make_optimizer(network, recipe)
         self._inner = self.optimizer.only()
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,  # the loop tells which pass is a step's last
-            "gradient_clipping": recipe.train.max_norm,
-            "zero_optimization": {
-                "stage": recipe.parallel.zero_stage,
-                "overlap_comm": world.device.type == "cuda",
-                "reduce_bucket_size": BUCKET,  # by default all gradients of LoRA go into one, at the end of the way back
-            },
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 1 << 60,
-        }
         for parameter in network.parameters():
-            if (
-                not parameter.requires_grad
-            ):  # read from the same files by every process; DeepSpeed would send them, and cannot send a part of a matrix
-                parameter.ds_optim_param = True  # its word for what each process has as its own
+            if not parameter.requires_grad:
+                # DeepSpeed's word for what each process has as its own. All have read the same files, so nothing need be sent; and of what
+                # is part of a larger matrix nothing can be.
+                parameter.ds_optim_param = True
+        settings = zero_settings(recipe, world.device, deepspeed.__version__)
         with _quiet():
             self._engine: Any = deepspeed.initialize(model=StepModule(network.to(world.device)), optimizer=self._inner, config=settings)[0]
         self._names = {parameter: name for name, parameter in trainable(network).items()}
