@@ -204,7 +204,7 @@ def run(given: argparse.Namespace, work: Path) -> dict[str, Any]:
     with ThreadPoolExecutor(2) as pool:
         described, written = pool.submit(machine, given.device), pool.submit(write_source, case / "source", given)
         base_model(work, given.preset)
-        source = written.result()
+        device, source = described.result(), written.result()  # here: a fault of theirs must not come after the job
     weight = sum(path.stat().st_size for path in (case / "source" / "images").iterdir()) / 2**20
     print(f"[random base and {weight:.0f} MiB of photographs: {time.monotonic() - begun:.0f} s, no part of the job]", flush=True)
     command("prepare", seconds, given.device, "prepare", "llava", source, case / "data", "--image-root", case / "source")
@@ -220,7 +220,7 @@ def run(given: argparse.Namespace, work: Path) -> dict[str, Any]:
     shutil.rmtree(case)
     settings = {key: getattr(given, key) for key in ("preset", "items", "k", "size", "epochs", "lean", "workers", "set")}
     settings["photos"] = bool(given.photos)
-    head = {"bench": "job", "date": datetime.date.today().isoformat(), **described.result(), "versions": versions, "case": settings}
+    head = {"bench": "job", "date": datetime.date.today().isoformat(), **device, "versions": versions, "case": settings}
     return head | {"seconds": seconds, "training_seconds": stages, "training": training_numbers(found)}
 
 

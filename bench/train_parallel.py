@@ -7,30 +7,31 @@
 `intervale train` as a user runs it, a way after the other, each in processes of its own; InternVL2-2B shapes with random weights, LoRA
 128/256, projector learns, batch 4 x accumulation 2 in every process (so a step of n processes holds n times the items). The last line
 is JSON; `ratio` is samples a second over the first `single`. A step's seconds are those between two lines of the run's metrics.jsonl, as
-seen from outside; `inside_s` is what the step itself says.
+seen from outside (looked at every 2 ms), so with all that lies between two steps; `inside_s` is what the step itself says. Both are
+medians, `step_s_most` the longest.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import itertools
 import json
-import os
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 from train_data import MOST_TILES, base_model, side_of, write_items
+from train_sides import environment_of, watch
 
 _SHOWN = 60  # lines of a way that failed: two processes' stacks
 WAYS: dict[str, dict[str, Any]] = {
@@ -61,39 +62,23 @@ def options() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=280, help="seconds a way may take")
     parser.add_argument("--work", type=Path, help="folder to work in (default: a temporary one); the base model stays there")
     parser.add_argument("--out", type=Path, help="also write the JSON here, after every way")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.warmup < 1 or given.steps < 1:
+        parser.error("--warmup and --steps are 1 at least: a step's seconds begin with the line of the step before")
+    return given
 
 
-def run_command(command: list[str], environment: dict[str, str], log: Path, limit: float) -> tuple[int, str]:
-    """(exit code, what it said). Where it takes longer than `limit` seconds its processes say where they stand, and are ended: 124."""
-    environment = environment | {"PYTHONFAULTHANDLER": "1"}  # at a SIGABRT every thread's stack
-    with open(log, "w", encoding="utf-8") as said:
-        child = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
-        try:
-            code = child.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = 124
-            for process in psutil.Process(child.pid).children() or [psutil.Process(child.pid)]:  # the launcher shows what they said last
-                process.send_signal(signal.SIGABRT)
-            try:
-                child.wait(40)
-            except subprocess.TimeoutExpired:
-                child.kill()
-    return code, log.read_text(encoding="utf-8", errors="replace")
+def say_where(child: subprocess.Popen[bytes]) -> None:
+    """The processes of a way that takes too long show every thread's stack and end; the launcher shows what they said last."""
+    for process in psutil.Process(child.pid).children() or [psutil.Process(child.pid)]:
+        process.send_signal(signal.SIGABRT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(40)
 
 
-def arrivals(path: Path, ended: threading.Event) -> list[float]:
-    """When each line of a file that grows was there (seconds of the monotonic clock), looked at every 2 ms."""
-    times: list[float] = []
-    read = 0
-    while not ended.wait(0.002):
-        if path.exists():
-            with open(path, "rb") as file:
-                file.seek(read)
-                new = file.read()
-            read += len(new)
-            times += [time.monotonic()] * new.count(b"\n")
-    return times
+def between(times: list[float], warmup: int) -> list[float]:
+    """Seconds of every step behind the first `warmup`, from when the metrics' lines appeared: one needs the line of the step before."""
+    return [after - before for before, after in itertools.pairwise(times[warmup - 1 :])]
 
 
 def run_way(name: str, given: argparse.Namespace, work: Path, base: Path, data: Path) -> dict[str, Any]:
@@ -121,26 +106,16 @@ def run_way(name: str, given: argparse.Namespace, work: Path, base: Path, data: 
     }
     path = work / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    begun = time.monotonic()
-    environment = os.environ | {"INTERVALE_DEVICE": given.device}
-    command = [sys.executable, "-m", "intervale", "train", str(path)]
-    ended = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        watching = pool.submit(arrivals, folder / "metrics.jsonl", ended)
-        try:
-            code, said = run_command(command, environment, work / f"{name}.log", given.limit)
-        finally:
-            ended.set()
-    seconds = time.monotonic() - begun
-    if code:
-        return {"way": name, "processes": processes, "error": f"exit code {code}", "log": said.strip().splitlines()[-_SHOWN:]}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    times = watching.result()
-    assert len(lines) == len(times) == total, "a line a step, none of them an evaluation"
-    timed, steps = (
-        lines[given.warmup :],
-        [after - before for before, after in zip(times[given.warmup - 1 :], times[given.warmup :], strict=False)],
-    )
+    metrics, log = folder / "metrics.jsonl", work / f"{name}.log"
+    environment = environment_of(given.device) | {"PYTHONFAULTHANDLER": "1"}  # at a SIGABRT every thread's stack
+    seen = watch([sys.executable, "-m", "intervale", "train", str(path)], environment, log, [metrics], given.limit, say_where)
+    if seen.late or seen.code:
+        error = f"not done after {given.limit:g} s" if seen.late else f"exit code {seen.code}"
+        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return {"way": name, "processes": processes, "error": error, "log": said[-_SHOWN:]}
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert len(lines) == len(seen.times[metrics]) == total, "a line a step, none of them an evaluation"
+    timed, steps = lines[given.warmup :], between(seen.times[metrics], given.warmup)
     each = statistics.median(steps)
     samples = statistics.mean(line["samples"] for line in timed)
     for place in (folder, folder.with_suffix(".features")):
@@ -154,7 +129,7 @@ def run_way(name: str, given: argparse.Namespace, work: Path, base: Path, data: 
         "inside_s": round(statistics.median(line["seconds"] for line in timed), 4),
         "samples_a_step": samples,
         "memory_gib": max(line["memory_gib"] for line in lines),
-        "process_s": round(seconds, 1),
+        "process_s": round(seen.seconds, 1),
         "losses": [line["loss"] for line in lines],
     }
 

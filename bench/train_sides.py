@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,16 @@ def environment_of(device: str, *folders: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "INTERVALE_DEVICE": device}
 
 
-def watch(command: list[str], environment: dict[str, str], log: Path, files: list[Path], limit: float) -> Watched:
+def watch(
+    command: list[str],
+    environment: dict[str, str],
+    log: Path,
+    files: list[Path],
+    limit: float,
+    last: Callable[[subprocess.Popen[bytes]], None] | None = None,
+) -> Watched:
     """Run a command, what it says going to `log`, and note when the lines of `files` appear (`log` may be one of them). Its process
-    group ends with it, at the latest after `limit` seconds."""
+    group ends with it, at the latest after `limit` seconds; `last` is done with one that took longer before it is ended."""
     times: dict[Path, list[float]] = {path: [] for path in files}
     sizes = dict.fromkeys(files, 0)
     with open(log, "w", encoding="utf-8") as said:
@@ -73,6 +81,8 @@ def watch(command: list[str], environment: dict[str, str], log: Path, files: lis
                 if ended or time.monotonic() > until:
                     break
                 time.sleep(_POLL)
+            if last is not None and not ended:
+                last(child)
         finally:
             with contextlib.suppress(ProcessLookupError):  # the loader's processes are in its group
                 os.killpg(child.pid, signal.SIGKILL)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import intervale
 
@@ -91,6 +92,52 @@ def test_a_training_that_does_not_end_well_ends_the_benchmark_of_the_job(tmp_pat
     assert f"training failed: {why}" in done.stderr
     assert "export " not in done.stdout
     assert str(tmp_path) not in _commands(), "the training goes on"
+
+
+@pytest.mark.slow
+def test_a_device_that_is_not_there_ends_the_benchmark_of_the_job_before_it_begins(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = _job(tmp_path, "--device", "cuda")
+    assert done.returncode == 1
+    assert "torch.cuda.get_device_name" in done.stderr
+    assert "[prepare" not in done.stdout
+
+
+def _parallel(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(intervale.__file__).parents[1])}
+    sizes = ["--preset", "tiny", "--device", "cpu", "--tiles", "1", "--items", "8", "--warmup", "1"]
+    command = [sys.executable, str(BENCH / "train_parallel.py"), *sizes, "--work", str(tmp_path), *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_several_processes_counts_steps_from_line_to_line(tmp_path: Path) -> None:
+    done = _parallel(tmp_path, "--ways", "single", "ddp", "--steps", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    single, two = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+    assert (single["samples_a_step"], two["samples_a_step"]) == (8, 16)
+    for row in (single, two):
+        assert len(row["losses"]) == 4
+        assert row["inside_s"] < row["step_s"] + 0.01 <= row["step_s_most"] + 0.01
+        assert row["samples_s"] == pytest.approx(row["samples_a_step"] / row["step_s"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_way_that_takes_too_long_shows_where_every_thread_stands(tmp_path: Path) -> None:
+    done = _parallel(tmp_path, "--ways", "ddp", "--steps", "100000", "--limit", "15")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+    assert row["error"] == "not done after 15 s"
+    assert "Fatal Python error: Aborted" in "\n".join(row["log"])
+    assert str(tmp_path) not in _commands(), "the way goes on"
+
+
+def test_steps_are_told_from_one_line_to_the_next_behind_the_warmup() -> None:
+    code = f"import sys; sys.path.insert(0, {str(BENCH)!r}); from train_parallel import between; print(between([1, 5, 6, 8, 11], 2))"
+    environment = os.environ | {"PYTHONPATH": str(Path(intervale.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "[1, 2, 3]"
 
 
 def _commands() -> str:
