@@ -56,7 +56,7 @@ def embed(
 
     The counts must agree: a silent mismatch is how other trainers lose pictures. `places_P`: where these tokens stand in the flattened
     ids, if it is known already: looking for them makes the host wait for all that a GPU was given before, here and on the way back.
-    What is given is no view of another tensor, as no layer's output is: for a view the first layer would be compiled apart.
+    What is returned is no view of another tensor, as no layer's output is: for a view the first layer would be compiled apart.
     """
     embedded = network.get_input_embeddings()(ids_BS)
     if places_P is None:
