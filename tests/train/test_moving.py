@@ -1,17 +1,25 @@
 """Steps on their way to a GPU, which stands in here: what matters is who moves what, and when."""
 
 import contextlib
+import hashlib
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from intervale.core.errors import UserError
+from intervale.data.pictures import Picture
+from intervale.data.tiling import Tiling
+from intervale.model.features import FeatureStore
 from intervale.train import moving
 from intervale.train.batches import Loaded
+from intervale.train.feature_cache import KeptFeatures
 from intervale.train.moving import moved
 
 GPU: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), kept=None)
@@ -77,10 +85,63 @@ def test_without_room_beside_a_step_the_next_stays_where_it_is(here: Stream, mon
     assert here.waited == 2
 
 
-def test_what_cannot_be_read_is_told_by_the_thread_that_trains(here: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_read_is_told_by_the_thread_that_trains_when_the_steps_before_it_are_made(
+    here: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def move(batch: Any, compute: Any) -> Any:
-        raise UserError("lost", "find it")
+        if batch.number == 2:
+            raise UserError("lost", "find it")
+        return batch
 
     monkeypatch.setattr(moving, "_on_device", move)
+    seen = []
     with pytest.raises(UserError, match="lost"):
-        list(moved(steps(3), GPU))
+        seen.extend(loaded.batches[0].number for loaded in moved(steps(4), GPU))  # type: ignore[attr-defined]
+    assert seen == [0, 1]
+
+
+@pytest.mark.parametrize("made", [0, 1, 3])
+def test_who_stops_before_the_end_leaves_no_thread_that_reads(here: Stream, monkeypatch: pytest.MonkeyPatch, made: int) -> None:
+    """The loading processes of the next try are forked, and must not find a lock held."""
+    monkeypatch.setattr(moving, "_on_device", lambda batch, compute: time.sleep(0.05) or batch)
+    coming = moved(steps(5), GPU)
+    for _ in range(made):
+        next(coming)
+    del coming
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("move")]
+
+
+def test_items_that_were_bad_travel_with_their_step_and_no_steps_are_none(here: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moving, "_on_device", lambda batch, compute: batch)
+    bad = [("q1", UserError("broken", "mend it"))]
+    (loaded,) = moved(iter([Loaded([], bad)]), GPU)
+    assert (loaded.batches, loaded.bad) == ([], bad)
+    assert list(moved(steps(0), GPU)) == []
+
+
+def test_features_that_were_lost_are_computed_by_the_thread_as_a_step_would(
+    here: Stream, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without a graph and in the run's type, whatever the thread that trains is doing; no random number is drawn."""
+    Image.new("RGB", (28, 28), "red").save(tmp_path / "a.png")
+    sha = hashlib.sha256((tmp_path / "a.png").read_bytes()).hexdigest()
+    tiling = Tiling(tile_size=28, tokens_per_tile=1, min_tiles=1, max_tiles=1, thumbnail=False)
+    weight = torch.randn(3, 8, requires_grad=True)
+    monkeypatch.setattr("intervale.train.encode.tower_features", lambda network, pixels: pixels.mean((2, 3))[:, None] @ weight)
+    kept = KeptFeatures(
+        FeatureStore(tmp_path / "store", disk_budget=1 << 20),
+        {},
+        False,
+        {"0" * 40: Picture("0" * 40, tmp_path / "a.png", sha, "a.png")},
+        None,  # type: ignore[arg-type]
+        tiling,
+        torch.bfloat16,
+        torch.device("cpu"),
+    )
+    got: list[torch.Tensor] = []
+    monkeypatch.setattr(moving, "_on_device", lambda batch, compute: got.append(kept.get("0" * 40)) or batch)
+    before = torch.get_rng_state()
+    list(moved(steps(2), GPU))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [(one.dtype, one.requires_grad) for one in got] == [(torch.bfloat16, False)] * 2
+    assert torch.equal(*got)

@@ -1,7 +1,8 @@
 """A step's batches and kept features on their way to the GPU while it makes the step before.
 
-Promises: the same batches in the same order; on a CPU nothing happens. Features come from memory, or from the disk, which a thread
-reads meanwhile: eight pictures of 13 tiles are 0.2 GiB. Cost: the next step's tensors are on the GPU a step early, where it has room.
+Promises: the same batches in the same order; what cannot be read is told where its own step would begin; on a CPU nothing happens. A
+thread does it, because features may come from the disk (0.2 GiB for eight pictures of 13 tiles). Cost: the next step's tensors are on the
+GPU a step early, where it has room.
 """
 
 from __future__ import annotations
