@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from test_loop import losses, run, write_recipe
 
 from intervale.core.config import load_recipe
-from intervale.core.errors import UserError
+from intervale.core.errors import OutsideError, UserError
 from intervale.core.runlog import read_metrics
 from intervale.export.export import export
 from intervale.model.adapt import newest_checkpoint
-from intervale.train import parallel, steps
+from intervale.train import loop, parallel, steps
 from intervale.train.parallel import World
 from intervale.train.recipe import TrainRecipe
 
@@ -260,6 +260,21 @@ def test_a_fault_of_the_input_is_told_and_ends_all(tmp_path: Path, tiny: Path, p
     # By the first process; by another one too when that was the first to end, for then its words may be the only ones.
     assert done.stderr.count("/nowhere.jsonl: cannot be read") in (1, 2)
     assert "Traceback" not in done.stderr
+
+
+def test_an_end_of_another_is_heard_from_the_first_question_on(
+    tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process may be refused the run's folder, which another run holds, while the others ask whether the run is complete."""
+
+    def asked(*given: object) -> list[float]:
+        raise RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    Connection(monkeypatch)
+    monkeypatch.setattr(loop, "join_world", lambda *given: World(1, 2, torch.device("cpu")))
+    monkeypatch.setattr(loop, "sum_values", asked)
+    with pytest.raises(OutsideError, match="another process of this run has ended"):
+        run(write_recipe(tmp_path, tiny, plates), "parallel.strategy=ddp")
 
 
 def test_more_processes_need_a_strategy_and_muon_needs_whole_matrices(tmp_path: Path, tiny: Path, plates: Path) -> None:

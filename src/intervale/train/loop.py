@@ -72,7 +72,7 @@ def train(
     world = join_world(recipe.parallel.strategy, jobs.pick_device())
     if not world.first:
         job = replace(job, tell=lambda text: None)
-    with left_together(world):
+    with left_together(world), hearing_of_others(world):
         need_compiler(recipe, world.device)
         if dry_run:
             return _dry_run(job, world)
@@ -81,7 +81,7 @@ def train(
             if sum_values(world, [float(state == "done")])[0]:
                 job.tell(say(f"{job.folder} is complete already; --fresh trains it again", f"{job.folder} 已经完成；--fresh 重新训练"))
                 return Outcome("done", job.folder, job.steps())
-            with hearing_of_others(world), jobs.guarded(job, world, state == "new"), _memory(job, world):
+            with jobs.guarded(job, world, state == "new"), _memory(job, world):
                 return _train(job, world, state, accept_changes, begun)
 
 
