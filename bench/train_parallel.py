@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ import psutil
 import yaml
 from train_data import MOST_TILES, base_model, side_of, write_items
 from train_sides import environment_of, watch
+
+from intervale.core.runlog import versions
 
 _SHOWN = 60  # lines of a way that failed: two processes' stacks
 WAYS: dict[str, dict[str, Any]] = {
@@ -146,8 +149,11 @@ def told(given: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any
             rates.setdefault(row["way"], []).append(row["samples_s"])
     medians = {name: statistics.median(found) for name, found in rates.items()}
     ratios = {name: round(rate / medians["single"], 3) for name, rate in medians.items()} if "single" in medians else {}
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
-    head = {"bench": "train_parallel", "date": datetime.date.today().isoformat(), "device": device, "versions": versions}
+    software = versions() | {"cuda": torch.version.cuda}
+    for name in ("deepspeed", "bitsandbytes"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            software[name] = metadata.version(name)
+    head = {"bench": "train_parallel", "date": datetime.date.today().isoformat(), "device": device, "versions": software}
     return head | {"case": case, "rows": rows, "ratio": ratios}
 
 
