@@ -2,8 +2,7 @@
 
 Promises: nothing that a step computes depends on it; what fails here is left for the step to meet and to tell; the process that builds
 kernels ends with the block, torch's compilers with this process, both also where it is killed. Cost: processes and not threads, because a
-thread takes the interpreter lock from the encoding, which needs it for every launch of a kernel, and from the compiling of the layers
-(docs/log.md).
+thread takes the interpreter lock from the encoding, which needs it for every launch of a kernel (docs/log.md).
 """
 
 from __future__ import annotations
