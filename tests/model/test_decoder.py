@@ -145,3 +145,33 @@ def test_no_more_compilers_are_started_than_torch_was_told(asked: int, started: 
     with inductor.patch(compile_threads=asked):
         decoder._few_compilers()
         assert inductor.compile_threads == started
+
+
+def dynamic_text(context: int) -> Any:
+    """A text model whose rotary embedding is scaled beyond `context` positions."""
+    config = AutoConfig.for_model("llama", **SIZES, pad_token_id=0, max_position_embeddings=context)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    return AutoModel.from_config(config)
+
+
+@pytest.mark.parametrize("groups", [[Group(2, 20)], [Group(1, 8, 2, 6), Group(2, 16)]])
+def test_a_dynamic_rotary_embedding_asks_the_device_nothing_where_rows_are_short(groups: list[Group]) -> None:
+    """The meta device has no answer."""
+    layout, positions_T = pack_of(groups)
+    embedded = torch.zeros(1, len(positions_T), SIZES["hidden_size"])
+    text = dynamic_text(20)
+    want = text.rotary_emb(embedded, position_ids=positions_T[None])
+    got = decoder.rotary_of(text, embedded, positions_T[None], layout)
+    assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+    away = decoder.rotary_of(text.to("meta"), embedded.to("meta"), positions_T[None].to("meta"), layout)
+    assert [one.shape for one in away] == [one.shape for one in want]
+
+
+def test_a_dynamic_rotary_embedding_is_scaled_where_a_row_is_long_and_back_again() -> None:
+    text = dynamic_text(20)
+    for rows in (20, 21, 30, 12, 20):
+        layout, positions_T = pack_of([Group(1, rows)])
+        embedded = torch.zeros(1, rows, SIZES["hidden_size"])
+        want = dynamic_text(20).rotary_emb(embedded, position_ids=positions_T[None])
+        got = decoder.rotary_of(text, embedded, positions_T[None], layout)
+        assert all(torch.equal(*pair) for pair in zip(got, want, strict=True)), rows

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -236,20 +237,25 @@ def test_dry_run_counts_the_processes_that_the_recipe_starts(tmp_path: Path, tin
 def test_dry_run_tells_what_one_of_several_processes_holds(
     tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tuned whole language model on four processes: gradient (4 bytes), moments (8), DeepSpeed's copy (4), in parts as the engine has them."""
+    """A tuned whole language model on four processes: gradient (4 bytes), moments (8), DeepSpeed's copy (4), in parts as the engine has them.
+    ZeRO-2 has a small gradient whole, and sends it once a step."""
     seen: list[Cost] = []
     monkeypatch.setattr(loop, "of_each", lambda *given: seen.extend((given[0], of_each(*given))) or seen[-1])
     path = write_recipe(tmp_path, tiny, plates)
     run(path, "train.llm=full", "parallel.processes=4", "parallel.strategy=fsdp", dry_run=True)
     whole, shown = seen
     assert 0 < whole.layers < whole.weights
-    for strategy, stage, layers, bytes_a_weight in (
-        ("ddp", 2, 1.0, 12.0),
-        ("fsdp", 2, 1 / 4, 12 / 4),
-        ("deepspeed", 1, 1.0, 4 + 12 / 4),
-        ("deepspeed", 2, 1.0, 16 / 4),
-        ("deepspeed", 3, 1 / 4, 16 / 4),
+    small, large = whole.trainable, (2 << 30) // 4 + 1
+    for strategy, stage, layers, bytes_a_weight, trainable in (
+        ("ddp", 2, 1.0, 12.0, small),
+        ("fsdp", 2, 1 / 4, 12 / 4, small),
+        ("deepspeed", 1, 1.0, 4 + 12 / 4, small),
+        ("deepspeed", 2, 1.0, 4 + 12 / 4, small),
+        ("deepspeed", 2, 1.0, 16 / 4, large),
+        ("deepspeed", 1, 1.0, 4 + 12 / 4, large),
+        ("deepspeed", 3, 1 / 4, 16 / 4, small),
     ):
+        whole = replace(whole, trainable=trainable)
         recipe = load_recipe(path, TrainRecipe, [f"parallel.strategy={strategy}", f"parallel.zero_stage={stage}"])
         part = of_each(whole, recipe, 4)
         assert part.weights == pytest.approx(whole.weights - whole.layers * (1 - layers), abs=1)

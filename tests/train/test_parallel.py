@@ -10,7 +10,6 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,11 +178,17 @@ class Connection:
         monkeypatch.setattr(dist, "init_process_group", self.told.append)
         monkeypatch.setattr(dist, "new_group", lambda backend: self.told.append(backend) or backend)
         monkeypatch.setattr(dist, "get_rank", lambda: 0)
-        monkeypatch.setattr(dist, "all_reduce", lambda tensor, *more, group: self.told.append((str(tensor.device), group)))
+        monkeypatch.setattr(dist, "all_gather", self.gather)
         monkeypatch.setattr(dist, "barrier", self.told.append)
         monkeypatch.setattr(dist, "destroy_process_group", lambda: self.told.append("closed"))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+    def gather(self, found: list[torch.Tensor], own: torch.Tensor, group: object) -> None:
+        """All have the same."""
+        self.told.append((str(own.device), group))
+        for each in found:
+            each.copy_(own)
 
 
 @pytest.mark.parametrize(("here", "hosts"), [("2", "gloo"), ("1", None), (None, None)])
@@ -198,14 +203,12 @@ def test_hosts_of_one_machine_have_a_connection_of_their_own(monkeypatch: pytest
     connection.told.clear()
     world = replace(world, device=torch.device("meta"))  # a device that is no CPU, and that every machine has
     if hosts:
-        assert parallel.sum_values(world, [2.0, 3.0]) == [2.0, 3.0]
-        assert parallel.most_of(world, 7) == 7
+        assert parallel.sum_values(world, [2.0, 3.0]) == [4.0, 6.0]
     else:
-        for ask, given in ((parallel.sum_values, [2.0]), (parallel.most_of, 7)):
-            with pytest.raises((RuntimeError, NotImplementedError)):  # nothing can be read from it
-                ask(world, given)  # type: ignore[operator]
+        with pytest.raises((RuntimeError, NotImplementedError)):  # nothing can be read from it
+            parallel.sum_values(world, [2.0, 3.0])
     parallel.wait(world)
-    assert connection.told == [("cpu" if hosts else "meta", hosts)] * 2 + [hosts]
+    assert connection.told == [("cpu" if hosts else "meta", hosts), hosts]
 
 
 def test_who_ends_by_an_error_does_not_wait_for_the_others_to_close_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,16 +221,43 @@ def test_who_ends_by_an_error_does_not_wait_for_the_others_to_close_the_connecti
     assert connection.told == ["closed"]
 
 
-def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = SimpleNamespace(stop=None, world=SimpleNamespace(size=8))
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(
+    tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts at the step after the one in whose numbers it was not."""
+    given: list[Any] = []
+    one_step = steps._one_step
 
-    def agree(world: object, value: int) -> int:
-        loop.stop = signal.SIGTERM  # the handler runs while the others are waited for
-        return value
+    def gather(world: World, values: list[float]) -> list[tuple[float, ...]]:
+        if len(values) == 4 and given[0].progress.step == 1:
+            given[0].stop = signal.SIGTERM  # the handler runs while the others are waited for
+        return [(value,) for value in values]
 
-    monkeypatch.setattr(steps, "most_of", agree)
-    assert [steps._asked_to_stop(loop) for _ in range(2)] == [False, True]  # type: ignore[arg-type]
-    assert loop.stop == signal.SIGTERM
+    def step(loop: Any, batches: Any) -> Any:
+        given.append(loop)
+        loop.world = World(0, 2, torch.device("cpu"))
+        return one_step(loop, batches)
+
+    monkeypatch.setattr(steps, "of_all", gather)
+    monkeypatch.setattr(steps, "sum_values", lambda world, values: values)
+    monkeypatch.setattr(steps, "wait", lambda world: None)
+    monkeypatch.setattr(steps, "_one_step", step)
+    done = run(write_recipe(tmp_path, tiny, plates, epochs=4))
+    assert (done.status, done.exit_code, done.step) == ("stopped", 143, 3)
+
+
+def test_hosts_exchange_numbers_twice_a_step_and_wait_for_each_other_where_one_has_more_to_do(
+    tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPUs are idle meanwhile."""
+    asked: list[str] = []
+    monkeypatch.setattr(steps, "wait", lambda world: asked.append("wait"))
+    real = parallel.of_all
+    monkeypatch.setattr(steps, "of_all", lambda *given: asked.append("numbers") or real(*given))
+    monkeypatch.setattr(steps, "sum_values", lambda world, values: values)  # what DDP asks besides while its GPUs compute
+    path = write_recipe(tmp_path, tiny, plates, epochs=4, save_steps=3)
+    assert run(path).step == 8
+    assert "".join(word[0] for word in asked) == "nnnnnnw" * 2 + "nnnnw"
 
 
 @pytest.mark.slow

@@ -1,13 +1,15 @@
 """What the sharding engines are given."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from intervale.train import sharded
+from intervale.train import prepare, sharded
 from intervale.train.parallel import World
 from intervale.train.recipe import TrainRecipe
 from intervale.train.sharded import Zero, zero_settings
@@ -22,7 +24,7 @@ def test_deepspeed_is_not_to_send_what_is_frozen(monkeypatch: pytest.MonkeyPatch
 
     def initialize(model: torch.nn.Module, **given: Any) -> tuple[Any, ...]:
         sent.extend(parameter for parameter in model.parameters() if not hasattr(parameter, "ds_optim_param"))
-        return (SimpleNamespace(),)
+        return (SimpleNamespace(optimizer=None),)
 
     monkeypatch.setattr(sharded, "need_deepspeed", lambda: SimpleNamespace(initialize=initialize, __version__="0.19.8"))
     monkeypatch.setattr(sharded, "StepModule", lambda module: module)
@@ -51,3 +53,82 @@ def test_gradients_are_sent_beside_the_way_back_where_deepspeed_waits_for_them(
     parallel = {"strategy": "deepspeed", "zero_stage": stage}
     recipe = TrainRecipe.model_validate({"model": "nano", "data": {"train": str(tmp_path)}, "parallel": parallel})
     assert zero_settings(recipe, torch.device(device), version)["zero_optimization"]["overlap_comm"] is beside
+
+
+class Engine:
+    """Stands in for DeepSpeed's on two processes that see the same: it sends what it finds when a pass of its own is over."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.sent = model, list[dict[str, torch.Tensor]]()
+        self.optimizer = SimpleNamespace(get_grad_norm_direct=None)
+
+    def __call__(self, *given: Any) -> Any:
+        return self.model(*given)
+
+    def set_gradient_accumulation_boundary(self, last: bool) -> None:
+        """Told, not needed."""
+
+    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.sent.append({name: parameter.grad for name, parameter in self.model.named_parameters() if parameter.grad is not None})
+        self.model.zero_grad(set_to_none=True)
+
+
+class Sums(torch.nn.Module):
+    """Two vectors that one sum learns from, so that autograd gives both the same gradient; `rare` only where the batch says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.rare = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+
+    def forward(self, batch: torch.Tensor, compute: object) -> tuple[torch.Tensor, torch.Tensor]:
+        both = self.one + self.two
+        return (both + self.rare if batch[0] < 0 else both) * batch, batch
+
+
+@pytest.mark.parametrize(("stage", "whole", "sent"), [(1, 1 << 31, 1), (2, 1 << 31, 1), (2, 4, 3), (3, 1 << 31, 3)])
+def test_a_small_gradient_is_sent_once_a_step_and_is_the_sum_of_its_passes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: int, whole: int, sent: int
+) -> None:
+    engine: list[Engine] = []
+    monkeypatch.setattr(sharded, "need_deepspeed", lambda: SimpleNamespace(initialize=initialize, __version__="0.19.8"))
+    monkeypatch.setattr(sharded, "StepModule", lambda module: module)
+    monkeypatch.setattr(sharded, "make_optimizer", lambda *given: SimpleNamespace(only=lambda: None))
+    monkeypatch.setattr(sharded, "trainable", lambda module: dict(module.named_parameters()))
+    monkeypatch.setattr(prepare, "_WHOLE_GRADIENT", whole)
+
+    def initialize(model: torch.nn.Module, **given: Any) -> tuple[Engine]:
+        engine.append(Engine(model))
+        return (engine[0],)
+
+    parallel = {"strategy": "deepspeed", "zero_stage": stage}
+    recipe = TrainRecipe.model_validate({"model": "nano", "data": {"train": str(tmp_path)}, "parallel": parallel})
+    network: Any = Sums()
+    zero = Zero(network, recipe, World(0, 2, torch.device("cpu")), spare_batch(), None)
+    batches = [torch.tensor([float(at), 2.0, 3.0]) for at in (1, -2, 4)]
+    for number, batch in enumerate(batches):
+        losses, _ = zero.losses(None, batch, None, number == 2)  # type: ignore[arg-type]
+        zero.backward(losses.sum(), number == 2)
+    assert len(engine[0].sent) == sent
+    together = {name: sum(part[name] for part in engine[0].sent if name in part) for name in ("one", "two", "rare")}
+    for name in ("one", "two"):
+        assert together[name].tolist() == [2 * 3.0, 2 * 6.0, 2 * 9.0]  # twice: the engine divides by two processes
+    assert together["rare"].tolist() == [2 * -2.0, 2 * 2.0, 2 * 3.0]
+
+
+@pytest.mark.parametrize("bad", [None, math.inf, math.nan])
+def test_the_norm_of_all_parts_at_once_is_deepspeeds(monkeypatch: pytest.MonkeyPatch, bad: float | None) -> None:
+    """Over all processes; where it is no number it is DeepSpeed's word for that, which a step is left out for."""
+    optimizer = SimpleNamespace(get_grad_norm_direct=None, _update_model_bit16_weights=lambda group: pytest.fail("made anew"))
+    sharded._spare_the_host(optimizer, torch.device("cpu"))
+    monkeypatch.setattr(dist, "all_reduce", lambda total: total.mul_(2))  # the other process has the same
+    parts = [torch.randn(3, 4), torch.randn(5), torch.zeros(0)]
+    want = math.sqrt(2 * sum(float(part.double().square().sum()) for part in parts))
+    if bad is not None:
+        parts[0][1, 2], want = bad, -1.0
+    assert float(optimizer.get_grad_norm_direct(parts, None)) == pytest.approx(want)
+    assert float(optimizer.get_grad_norm_direct(iter(()), None)) == 0.0
+    optimizer._update_model_bit16_weights(0)
+    other = SimpleNamespace()  # a version that calls these otherwise keeps its own
+    sharded._spare_the_host(other, torch.device("cpu"))
+    assert not vars(other)

@@ -506,12 +506,11 @@ def test_a_process_without_memory_asks_nobody_who_waits_for_it_in_a_pass(monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(steps, "accumulate", accumulate)
-    monkeypatch.setattr(steps, "idle_passes", lambda *values: [])
     monkeypatch.setattr(steps, "sum_values", lambda *values: pytest.fail("asked"))
     parts = {name: SimpleNamespace() for name in ("world", "network", "compute", "spare", "job")}
     loop: Any = SimpleNamespace(**parts, saver=SimpleNamespace(busy=False), strategy=SimpleNamespace(uniform=True))
     with pytest.raises(torch.OutOfMemoryError):
-        steps._gradients(loop, [], 1)
+        steps._gradients(loop, [], 1, [])
 
 
 @pytest.fixture(scope="module")

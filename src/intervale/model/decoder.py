@@ -7,6 +7,7 @@ and all lengths. Legend: T tokens of a pack, N tokens with a label, D width.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -128,6 +129,18 @@ def _splits(layer: torch.nn.Module) -> bool:
     return quiet and all(hasattr(layer, part) for part in _LAYER_PARTS)
 
 
+@torch.no_grad()
+def rotary_of(text: Any, embedded_1TD: torch.Tensor, positions_1T: torch.Tensor, layout: Layout) -> Any:
+    """The rotary embedding's (cosine, sine). A dynamic one asks the device for the last position, and the host waits for all that it was
+    given before; no position reaches a row's length, so what is no longer than the unscaled context needs no answer."""
+    rotary = text.rotary_emb
+    if getattr(rotary, "rope_type", None) == "dynamic":
+        known = rotary.original_max_seq_len
+        if rotary.max_seq_len_cached <= known and max(group.length for group in layout.groups) <= known:
+            return inspect.unwrap(type(rotary).forward)(rotary, embedded_1TD, positions_1T)
+    return rotary(embedded_1TD, position_ids=positions_1T)
+
+
 def hidden_at_targets(
     network: InternVLForConditionalGeneration,
     embedded_1TD: torch.Tensor,
@@ -142,7 +155,7 @@ def hidden_at_targets(
     """
     text = network.model.language_model
     assert text.config._attn_implementation == NAME, "rows of a pack would see each other"
-    rotary = text.rotary_emb(embedded_1TD, position_ids=positions_1T)
+    rotary = rotary_of(text, embedded_1TD, positions_1T, layout)
     window = getattr(text.config, "sliding_window", None)
     options = {"position_embeddings": rotary, "layout": layout.single(window) or layout}
     *layers, last = text.layers[: text.config.num_hidden_layers]

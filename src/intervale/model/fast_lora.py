@@ -162,7 +162,8 @@ class FastLora:
 
     def __init__(self, found: Sequence[Together]) -> None:
         copies = [copy for together in found for copy in together.copies()]
-        self._places, self._parameters = [place for place, _ in copies], [parameter for _, parameter in copies]
+        # Those of A lie as their parameters do, and torch copies all such at once; one that does not makes it copy one by one.
+        self._copies = [[copy for copy in copies if copy[0].is_contiguous() is alike] for alike in (True, False)]
         self._draws = torch.zeros(sum(len(one.outputs) for one in found), dtype=torch.int64, device=found[0].draws_G.device)
         for together, own in zip(found, self._draws.split([len(one.outputs) for one in found]), strict=True):
             together.draws_G = own
@@ -175,7 +176,9 @@ class FastLora:
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the parameters' values to where the products read them."""
-        torch._foreach_copy_(self._places, self._parameters)
+        for copies in self._copies:
+            if copies:
+                torch._foreach_copy_([place for place, _ in copies], [parameter for _, parameter in copies])
 
     def draw(self) -> None:
         """New masks, from torch's generator of the device."""

@@ -14,7 +14,7 @@ from typing import Any
 from intervale.data.dataset import load_item
 from intervale.train.batches import Batch, collate
 from intervale.train.nonfinite import no_held_out_loss
-from intervale.train.parallel import sum_values
+from intervale.train.parallel import of_all, sum_values
 from intervale.train.prepare import set_modes
 from intervale.train.running import Loop
 from intervale.train.step import held_out
@@ -51,7 +51,9 @@ def evaluate(loop: Loop) -> dict[str, Any] | None:
             items = [load_item(record, side.tokenizer, side.template, side.tiling, loop.cache) for record in records[at : at + size]]
             yield collate(items, loop.compute.image_token_id)
 
-    idle = idle_passes(-(-len(records) // size), loop.strategy, loop.world, loop.spare)
+    own = -(-len(records) // size)
+    (passes,) = of_all(loop.world, [float(own)])
+    idle = idle_passes(own, max(passes), loop.strategy, loop.spare)
     try:
         sums = held_out(loop.network, batches(), replace(loop.compute, kept=None), loop.strategy, idle)
     except _AskedToStopError:

@@ -96,20 +96,17 @@ def hearing_of_others(world: World) -> Iterator[None]:
 
 def sum_values(world: World, values: list[float]) -> list[float]:
     """Each value added up over all processes."""
-    if world.size == 1:
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=world.numbers)
-    dist.all_reduce(total, group=world.hosts)
-    return [float(value) for value in total]
+    return [sum(each) for each in of_all(world, values)]
 
 
-def most_of(world: World, value: int) -> int:
-    """The largest value over all processes."""
+def of_all(world: World, values: list[float]) -> list[tuple[float, ...]]:
+    """For each value those of all processes, in their order."""
     if world.size == 1:
-        return value
-    most = torch.tensor(value, device=world.numbers)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=world.hosts)
-    return int(most)
+        return [(value,) for value in values]
+    own = torch.tensor(values, dtype=torch.float64, device=world.numbers)
+    found = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(found, own, group=world.hosts)
+    return list(zip(*(each.tolist() for each in found), strict=True))
 
 
 def sum_gradients(world: World, parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -21,6 +21,7 @@ from intervale.train.state import trainable
 
 GIB = 1 << 30
 _GRADIENT_BYTES, _MOMENT_BYTES = 4, 4 + 4  # a parameter's, in float32
+_WHOLE_GRADIENT = 2 * GIB
 _LAYERS = "model.language_model.layers."
 # Activations a layer keeps for the backward pass, in units of (tokens x hidden): measured shapes of a pre-norm block with a
 # gated MLP of ratio 4 (inputs of 2 norms, q k v, attention output, 3 MLP activations of 4 x hidden); with checkpointing, one.
@@ -112,14 +113,21 @@ def estimate(network: InternVLForConditionalGeneration, recipe: TrainRecipe, dty
     return Cost(sum(counts.values()), learning, weights, layers, optimizer, kept, recomputed)
 
 
+def keeps_gradient(trainable: int, stage: int) -> bool:
+    """Does a process of ZeRO-1 or 2 add a step's gradient up whole, to send it once? As long as it is LoRA's size: ZeRO-2 is for those
+    that are too large for that."""
+    return stage < 3 and trainable * _GRADIENT_BYTES <= _WHOLE_GRADIENT
+
+
 def of_each(cost: Cost, recipe: TrainRecipe, processes: int) -> Cost:
-    """What one of several processes holds. FSDP and ZeRO-3 deal out layers, gradients and moments, ZeRO-2 gradients and moments, ZeRO-1
-    moments; DeepSpeed also deals out a second copy of what learns."""
+    """What one of several processes holds. FSDP and ZeRO-3 deal out layers, gradients and moments, ZeRO-2 moments and gradients (where
+    they are large), ZeRO-1 moments; DeepSpeed also deals out a second copy of what learns."""
     strategy = recipe.parallel.strategy
     stage = {"fsdp": 3, "deepspeed": recipe.parallel.zero_stage}.get(strategy, 0) if processes > 1 else 0
     if not stage:
         return cost
-    copy, gradients = 4 if strategy == "deepspeed" else 0, _GRADIENT_BYTES / (processes if stage > 1 else 1)
+    parts = processes if stage > 1 and not keeps_gradient(cost.trainable, stage) else 1
+    copy, gradients = 4 if strategy == "deepspeed" else 0, _GRADIENT_BYTES / parts
     optimizer = cost.trainable * ((_MOMENT_BYTES + copy) / processes + gradients)
     layers = cost.layers // processes if stage == 3 else cost.layers
     return replace(cost, weights=cost.weights - cost.layers + layers, layers=layers, optimizer=int(optimizer))

@@ -12,10 +12,11 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import InternVLForConditionalGeneration
 
 from intervale.core.errors import UserError
@@ -23,6 +24,7 @@ from intervale.model.forward import picture_features
 from intervale.train.batches import Batch
 from intervale.train.optimizer import Optimizers, make_optimizer
 from intervale.train.parallel import BUCKET, World
+from intervale.train.prepare import keeps_gradient
 from intervale.train.recipe import TrainRecipe
 from intervale.train.state import MOMENTS, Tensors, trainable
 from intervale.train.step import Losses, batch_losses
@@ -91,7 +93,7 @@ class Fsdp:
         self._network, self.world = network, world
         self.optimizer = make_optimizer(network, recipe)
 
-    def losses(self, plain: Losses, batch: Batch, compute: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, plain: Losses, batch: Batch, compute: Any, last: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Through the sharded module."""
         found: tuple[torch.Tensor, torch.Tensor] = self._module(batch, compute)
         return found
@@ -181,8 +183,29 @@ def zero_settings(recipe: TrainRecipe, device: torch.device, version: str) -> di
     }
 
 
+def _spare_the_host(optimizer: Any, device: torch.device) -> None:
+    """Two things that DeepSpeed's ZeRO-1 and 2 do after a step's last pass, parameter by parameter, while the GPUs wait for the host: the
+    norm (3 kernels a parameter) is made of all at once here, and the parameters, which are views of one buffer, are not made such views again."""
+
+    def norm(gradients: Iterable[torch.Tensor], parameters: object, norm_type: float = 2.0) -> torch.Tensor:
+        """As get_grad_norm_direct: over all processes; -1 where it is no number."""
+        own = [gradient.detach() for gradient in gradients]
+        assert norm_type == 2.0
+        squares = torch.nn.utils.get_total_norm(own).square() if own else torch.zeros((), device=device)
+        dist.all_reduce(squares)
+        return torch.where(squares.isfinite(), squares.sqrt(), -1.0)
+
+    for name, ours in (("get_grad_norm_direct", norm), ("_update_model_bit16_weights", lambda group: None)):
+        if hasattr(optimizer, name):  # of a version that calls it otherwise
+            setattr(optimizer, name, ours)
+
+
 class Zero:
-    """DeepSpeed's ZeRO: optimizer state (1), gradients too (2), parameters too (3) in parts."""
+    """DeepSpeed's ZeRO: optimizer state (1), gradients too (2), parameters too (3) in parts.
+
+    With 1 and 2 every process holds whole parameters, so all passes of a step but the last are made beside the engine, and gradients are
+    sent once a step instead of once a pass (where they are small: see `keeps_gradient`).
+    """
 
     uniform = True
 
@@ -196,20 +219,36 @@ class Zero:
                 # DeepSpeed's word for what each process has as its own. All have read the same files, so nothing need be sent; and of what
                 # is part of a larger matrix nothing can be.
                 parameter.ds_optim_param = True
-        settings = zero_settings(recipe, world.device, deepspeed.__version__)
+        settings, stage = zero_settings(recipe, world.device, deepspeed.__version__), recipe.parallel.zero_stage
         with _quiet():
-            self._engine: Any = deepspeed.initialize(model=StepModule(network.to(world.device)), optimizer=self._inner, config=settings)[0]
+            self._module = StepModule(network.to(world.device))
+            self._engine: Any = deepspeed.initialize(model=self._module, optimizer=self._inner, config=settings)[0]
         self._names = {parameter: name for name, parameter in trainable(network).items()}
+        self._keeps = keeps_gradient(sum(parameter.numel() for parameter in self._names), stage)
+        if stage < 3:
+            _spare_the_host(self._engine.optimizer, world.device)
 
-    def losses(self, plain: Losses, batch: Batch, compute: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Through the engine."""
-        found: tuple[torch.Tensor, torch.Tensor] = self._engine(batch, compute)
+    def losses(self, plain: Losses, batch: Batch, compute: Any, last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Through the engine, or beside it."""
+        passing = self._engine if last or not self._keeps else self._module
+        found: tuple[torch.Tensor, torch.Tensor] = passing(batch, compute)
         return found
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """DeepSpeed divides by the number of processes: undone here, because the loss has its divisor already."""
+        loss = loss * self.world.size
+        if self._keeps and not last:
+            self._keep(loss)
+            return
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def _keep(self, loss: torch.Tensor) -> None:
+        """Add this pass's gradients where the last pass will find them, without the engine's hooks hearing of it."""
+        parameters = list(self._names)
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
+            if gradient is not None:  # copied: what autograd gives for one parameter may be another's too
+                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
 
     def clip(self, most: float) -> float:
         """Clips and steps in one; where the norm is no number DeepSpeed leaves the step out."""
@@ -237,7 +276,7 @@ class Zero:
         """DeepSpeed makes its state at the first step: one of rate 0 on no gradient, and then the state is filled in."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        losses_N, _ = self.losses(batch_losses, self._spare.to(self.world.device), self._compute)
+        losses_N, _ = self.losses(batch_losses, self._spare.to(self.world.device), self._compute, True)
         self.backward(losses_N.sum() * 0.0, True)
         for group in self._inner.param_groups:
             group["lr"] = 0.0

@@ -115,8 +115,8 @@ def batch_losses(network: InternVLForConditionalGeneration, batch: Batch, comput
 class Passes(Protocol):
     """Who makes the passes where the network holds only parts of its tensors (`train.strategy`)."""
 
-    def losses(self, plain: Losses, batch: Batch, compute: Compute) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss of every target, is it the most likely token)."""
+    def losses(self, plain: Losses, batch: Batch, compute: Compute, last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss of every target, is it the most likely token); `last`: of the step's micro-batches."""
         ...
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -143,21 +143,22 @@ def accumulate(
     for number, batch in enumerate((*batches, *idle)):
         if adapter is not None:
             adapter.draw()
-        losses_N, correct_N = _pass(network, batch, compute, passes)
+        last = number + 1 == len(batches) + len(idle)
+        losses_N, correct_N = _pass(network, batch, compute, passes, last)
         loss = losses_N.sum() / step_targets if number < len(batches) else 0.0 * losses_N.sum()
         if passes is None:
             loss.backward()
         else:
-            passes.backward(loss, number + 1 == len(batches) + len(idle))
+            passes.backward(loss, last)
         found.append(_summed(losses_N, correct_N))
     return _count(batches, found[: len(batches)])
 
 
 def _pass(
-    network: InternVLForConditionalGeneration, batch: Batch, compute: Compute, passes: Passes | None
+    network: InternVLForConditionalGeneration, batch: Batch, compute: Compute, passes: Passes | None, last: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch = batch.to(compute.device)
-    return batch_losses(network, batch, compute) if passes is None else passes.losses(batch_losses, batch, compute)
+    return batch_losses(network, batch, compute) if passes is None else passes.losses(batch_losses, batch, compute, last)
 
 
 @torch.no_grad()
@@ -171,10 +172,10 @@ def held_out(
     """The same sums without gradients; the network should be in eval mode."""
     seen, found = [], []
     for batch in batches:
-        found.append(_summed(*_pass(network, batch, compute, passes)))
+        found.append(_summed(*_pass(network, batch, compute, passes, True)))
         seen.append(replace(batch, tiles_PHWC=batch.tiles_PHWC[:0]))
     for batch in idle:
-        _pass(network, batch, compute, passes)
+        _pass(network, batch, compute, passes, True)
     return _count(seen, found)
 
 

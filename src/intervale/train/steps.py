@@ -30,7 +30,7 @@ from intervale.train.job import Job, write_run
 from intervale.train.memory import after_first_step, in_words, lower
 from intervale.train.moving import moved
 from intervale.train.nonfinite import keep_step
-from intervale.train.parallel import World, most_of, sum_values, wait
+from intervale.train.parallel import World, of_all, sum_values, wait
 from intervale.train.plot import draw_losses
 from intervale.train.prepare import draws_masks, set_modes, used_memory
 from intervale.train.resume import SKIPPED, already_skipped, list_skipped
@@ -116,13 +116,13 @@ def _run_in_packs(loop: Loop, report: _Report) -> bool:
     for loaded in moved(_loader(loop), loop.compute):
         _list_bad(loop, loaded.bad)
         first = loop.progress.step == report.done
-        entry = _one_step(loop, loaded.batches)
-        if entry is None:
+        made = _one_step(loop, loaded.batches)
+        if made is None:
             return False
+        entry, stop = made
         report.step(entry)
         again = first and _refitted(loop, max((batch.tokens for batch in loaded.batches), default=0))  # before a save takes memory
-        # asked once a step, so that a signal in between cannot stop without saving
-        stopping = _after_step(loop, _asked_to_stop(loop))
+        stopping = _after_step(loop, stop or (loop.stop is not None and loop.world.size == 1))
         if stopping or loop.progress.step >= loop.total:
             return True
         if again:
@@ -165,21 +165,11 @@ class _Report:
             self._plotted = time.monotonic()
 
 
-def _asked_to_stop(loop: Loop) -> bool:
-    if loop.world.size == 1:
-        return loop.stop is not None
-    agreed = most_of(loop.world, loop.stop or 0)  # all processes stop at the same step, whichever got the signal
-    if agreed:
-        loop.stop = agreed
-    return bool(agreed)  # a signal that came while they agreed counts at the next step
-
-
-def _gradients(loop: Loop, batches: list[Batch], targets: int) -> Sums | None:
+def _gradients(loop: Loop, batches: list[Batch], targets: int, idle: list[Batch]) -> Sums | None:
     """The sums of the step, gradients added up; None when memory ended here or in another process and the plan is a smaller one now."""
     fault: BaseException | None = None
     sums, saving = Sums(), loop.saver.busy
     try:
-        idle = idle_passes(len(batches), loop.strategy, loop.world, loop.spare)
         sums = _accumulated(loop, batches, targets, idle)
     except torch.OutOfMemoryError as error:
         if loop.strategy.uniform:  # others wait in the middle of a pass and cannot be asked: this process ends, and its launcher ends them
@@ -225,13 +215,15 @@ def _seed(loop: Loop) -> None:
     torch.manual_seed((loop.job.recipe.train.seed * 1_000_003 + loop.progress.step) * loop.world.size + loop.world.rank)
 
 
-def _one_step(loop: Loop, batches: list[Batch]) -> dict[str, Any] | None:
-    """Make a step; its entry for the metrics, or None when it must be made again with what is planned now."""
+def _one_step(loop: Loop, batches: list[Batch]) -> tuple[dict[str, Any], bool] | None:
+    """Make a step; its entry for the metrics and whether the run was asked to stop, or None when it must be made again with what is
+    planned now. That question goes with the losses, once a step: the GPUs are idle while the hosts exchange numbers after a step."""
     recipe, world = loop.job.recipe.train, loop.world
     begun = time.monotonic()
     step = loop.progress.step
     _seed(loop)
-    targets = int(sum_values(world, [float(sum(batch.targets for batch in batches))])[0])
+    targets_of, passes_of = of_all(world, [float(sum(batch.targets for batch in batches)), float(len(batches))])
+    targets = int(sum(targets_of))
     rate = learning_rate(step, loop.total, recipe.learning_rate, recipe.warmup_ratio, recipe.schedule)
     norm = 0.0
     sums: Sums | None = Sums()
@@ -239,12 +231,13 @@ def _one_step(loop: Loop, batches: list[Batch]) -> dict[str, Any] | None:
         for group in loop.optimizer.param_groups:
             group["lr"] = rate
         loop.optimizer.zero_grad(set_to_none=True)
-        sums = _gradients(loop, batches, targets)
+        sums = _gradients(loop, batches, targets, idle_passes(len(batches), max(passes_of), loop.strategy, loop.spare))
         if sums is None:
             return None
         norm = loop.strategy.clip(recipe.max_norm)
     assert sums is not None
-    loss, samples, positions = sum_values(world, [sums.loss, float(sums.samples), float(sums.positions)])
+    *counted, stops = of_all(world, [sums.loss, float(sums.samples), float(sums.positions), float(loop.stop or 0)])
+    loss, samples, positions = (sum(each) for each in counted)
     mean = loss / targets if targets else 0.0
     if not math.isfinite(mean) or not math.isfinite(norm):
         about = {
@@ -262,7 +255,9 @@ def _one_step(loop: Loop, batches: list[Batch]) -> dict[str, Any] | None:
     before = loop.progress
     loop.progress = Progress(step + 1, before.samples + int(samples), before.tokens + targets, before.seconds + seconds)
     numbers = {"loss": mean, "learning_rate": rate, "gradient_norm": norm} if targets else {}  # nothing to learn from gives no loss
-    return _entry(loop, numbers, (int(samples), targets, int(positions)), seconds)
+    agreed = int(max(stops))  # all processes stop at the same step, whichever got the signal; one that came later counts at the next step
+    loop.stop = agreed or loop.stop
+    return _entry(loop, numbers, (int(samples), targets, int(positions)), seconds), bool(agreed)
 
 
 def _entry(loop: Loop, numbers: dict[str, float], counts: tuple[int, int, int], seconds: float) -> dict[str, Any]:
@@ -306,16 +301,19 @@ def _after_step(loop: Loop, stopping: bool) -> bool:
     recipe = loop.job.recipe.train
     best = False
     loop.saver.check()
-    if due(loop) and not stopping:
+    evaluated = due(loop) and not stopping
+    if evaluated:
         score = _score(loop)
         best, stopping = bool(score), score is None
+    saved = best or stopping or loop.progress.step == loop.total or loop.progress.step % recipe.save_steps == 0
     if best:
         _keep_best(loop)
-    elif stopping or loop.progress.step == loop.total or loop.progress.step % recipe.save_steps == 0:
+    elif saved:
         save(loop)
     if stopping or loop.progress.step >= loop.total:
         loop.saver.finish()  # here, where the others wait: when one has left, its launcher ends them
-    wait(loop.world)
+    if evaluated or saved:  # what the first does alone
+        wait(loop.world)
     return stopping
 
 

@@ -18,7 +18,7 @@ from transformers import InternVLForConditionalGeneration
 from intervale.data.dataset import Item
 from intervale.train.batches import Batch, collate
 from intervale.train.optimizer import Optimizers
-from intervale.train.parallel import World, most_of, sum_gradients
+from intervale.train.parallel import World, sum_gradients
 from intervale.train.state import Tensors, moments_by_name, put_moments, trainable
 from intervale.train.step import Losses
 
@@ -28,8 +28,8 @@ class Strategy(Protocol):
 
     uniform: bool  # does a pass need all processes, so that each must make as many?
 
-    def losses(self, plain: Losses, batch: Batch, compute: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """The losses of a micro-batch; `plain` computes them where nothing is sharded."""
+    def losses(self, plain: Losses, batch: Batch, compute: Any, last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses of a micro-batch; `plain` computes them where nothing is sharded, `last`: the step's last."""
         ...
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -62,7 +62,7 @@ class Plain:
     world: World
     uniform = False
 
-    def losses(self, plain: Losses, batch: Batch, compute: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(self, plain: Losses, batch: Batch, compute: Any, last: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The network's own."""
         return plain(self.network, batch, compute)
 
@@ -95,9 +95,9 @@ class Plain:
         put_moments(trainable(self.network), self.optimizer, stored)
 
 
-def idle_passes(own: int, strategy: Strategy, world: World, spare: Batch) -> list[Batch]:
-    """What to go through besides `own` micro-batches where passes need all processes: as many as the busiest process has more."""
-    return [spare] * (most_of(world, own) - own) if strategy.uniform else []
+def idle_passes(own: int, most: float, strategy: Strategy, spare: Batch) -> list[Batch]:
+    """What to go through besides `own` micro-batches where passes need all processes; `most`: as many has the busiest of them."""
+    return [spare] * (int(most) - own) if strategy.uniform else []
 
 
 def spare_batch() -> Batch:
