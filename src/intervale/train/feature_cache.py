@@ -152,13 +152,12 @@ def fill(job: Job, world: World, network: InternVLForConditionalGeneration, dtyp
 
 
 def _store(job: Job, world: World, place: Place, need: int) -> FeatureStore:
-    pin = world.device.type == "cuda"
     if place == "ram":
-        return FeatureStore(None, ram_budget=need, tell=job.tell, pin=pin)
+        return FeatureStore(None, ram_budget=need, tell=job.tell)
     folder = Path(job.recipe.data.features_dir) if job.recipe.data.features_dir else default_store_folder()
     hot = free_memory(torch.device("cpu")) // world.size // 8
     budget = int(job.recipe.data.features_gib * (1 << 30))
-    store = FeatureStore(folder, disk_budget=budget, ram_budget=hot, tell=job.tell, pin=pin)
+    store = FeatureStore(folder, disk_budget=budget, ram_budget=hot, tell=job.tell)
     if world.first and store.bytes_on_disk + need > budget:  # what was used longest ago makes room, or a full folder would stay as it is
         store.trim(max(0, budget - need))
     return store
