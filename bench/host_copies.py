@@ -3,8 +3,8 @@
     python bench/host_copies.py --out host_copies.json
 
 For a picture of 13 tiles (26 MiB in bfloat16): `plain_ms` and `locked_ms`, a fresh piece of memory of either kind, written once;
-`stood_still_...`, the longest that another Python thread was not heard of meanwhile (Python itself changes threads every 5 ms); `up_...`, to the GPU.
-Medians of `--rounds`; the last line is JSON.
+`up_plain_ms` and `up_locked_ms`, to the GPU; `staged_ms`, through `train.moving.Staging`. `..._held_up_ms`: the longest that a call of
+CUDA by another thread took meanwhile, as the thread that trains makes them. Medians of `--rounds`; the last line is JSON.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from intervale.train.moving import Staging
 
 NUMBERS = 13 * 256 * 4096  # tiles, tokens a tile, width before the projector
 
@@ -33,30 +35,36 @@ def fresh(locked: bool) -> torch.Tensor:
     return torch.empty(NUMBERS, dtype=torch.bfloat16, pin_memory=locked).fill_(1)
 
 
-def stood_still(act: Callable[[], object]) -> float:
-    """The longest time between two ticks of another thread, in milliseconds, while something is done."""
+def held_up(act: Callable[[], object]) -> float:
+    """The longest that another thread's call of CUDA takes, in milliseconds, while something is done."""
     longest, over = [0.0], threading.Event()
 
-    def tick() -> None:
-        before = time.perf_counter()
+    def call() -> None:
+        torch.cuda.Event().record()  # the thread's own first call is not one of them
         while not over.is_set():
-            now = time.perf_counter()
-            longest[0], before = max(longest[0], now - before), now
+            longest[0] = max(longest[0], milliseconds(torch.cuda.Event().record))
 
-    ticking = threading.Thread(target=tick)
-    ticking.start()
+    calling = threading.Thread(target=call)
+    calling.start()
     try:
         act()
     finally:
         over.set()
-        ticking.join()
-    return longest[0] * 1e3
+        calling.join()
+    return longest[0]
 
 
 def up(features: torch.Tensor, stream: torch.cuda.Stream) -> None:
     """To the GPU, beside what it computes."""
     with torch.cuda.stream(stream):
         features.to("cuda", non_blocking=True)
+        stream.synchronize()
+
+
+def through(features: torch.Tensor, staging: Staging, stream: torch.cuda.Stream) -> None:
+    """To the GPU as a run sends it."""
+    with torch.cuda.stream(stream):
+        staging.up(features)
         stream.synchronize()
 
 
@@ -67,16 +75,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     given = parser.parse_args()
     matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    stream, kept = torch.cuda.Stream(), []
+    stream, kept = torch.cuda.Stream(), list[torch.Tensor]()
+    plain, locked, staging = fresh(False), fresh(True), Staging(torch.device("cuda"), stream)
+    for _ in range(2):  # its two pieces of memory
+        through(plain, staging, stream)
     found: dict[str, list[float]] = {}
     for _ in range(given.rounds):
         for _ in range(200):  # 0.3 s of work for the GPU
             matrix @ matrix
-        for name, locked in (("plain", False), ("locked", True)):
-            found.setdefault(f"{name}_ms", []).append(milliseconds(lambda locked=locked: kept.append(fresh(locked))))
-            found.setdefault(f"stood_still_{name}_ms", []).append(stood_still(lambda locked=locked: kept.append(fresh(locked))))
-            up(kept[-1], stream)
-            found.setdefault(f"up_{name}_ms", []).append(milliseconds(lambda: up(kept[-1], stream)))
+        acts: dict[str, Callable[[], object]] = {
+            "plain": lambda: kept.append(fresh(False)),
+            "locked": lambda: kept.append(fresh(True)),
+            "up_plain": lambda: up(plain, stream),
+            "up_locked": lambda: up(locked, stream),
+            "staged": lambda: through(plain, staging, stream),
+        }
+        for name, act in acts.items():
+            found.setdefault(f"{name}_ms", []).append(milliseconds(act))
+            found.setdefault(f"{name}_held_up_ms", []).append(held_up(act))
         torch.cuda.synchronize()
     told = {
         "bench": "host_copies",

@@ -56,7 +56,7 @@ def steps(count: int) -> Iterator[Loaded]:
 def test_a_step_is_moved_by_a_thread_while_the_one_before_is_made(here: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
     moves: dict[int, threading.Event] = {number: threading.Event() for number in range(4)}
 
-    def move(batch: Any, compute: Any) -> Any:
+    def move(batch: Any, compute: Any, staging: Any) -> Any:
         assert threading.current_thread() is not threading.main_thread()
         moves[batch.number].set()
         return SimpleNamespace(number=batch.number, where="gpu", tensors=list)
@@ -74,7 +74,7 @@ def test_a_step_is_moved_by_a_thread_while_the_one_before_is_made(here: Stream, 
 
 
 def test_without_room_beside_a_step_the_next_stays_where_it_is(here: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
-    def move(batch: Any, compute: Any) -> Any:
+    def move(batch: Any, compute: Any, staging: Any) -> Any:
         if batch.number == 1:
             raise torch.OutOfMemoryError("full")
         return SimpleNamespace(number=batch.number, where="gpu", tensors=list)
@@ -88,7 +88,7 @@ def test_without_room_beside_a_step_the_next_stays_where_it_is(here: Stream, mon
 def test_what_cannot_be_read_is_told_by_the_thread_that_trains_when_the_steps_before_it_are_made(
     here: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def move(batch: Any, compute: Any) -> Any:
+    def move(batch: Any, compute: Any, staging: Any) -> Any:
         if batch.number == 2:
             raise UserError("lost", "find it")
         return batch
@@ -103,7 +103,7 @@ def test_what_cannot_be_read_is_told_by_the_thread_that_trains_when_the_steps_be
 @pytest.mark.parametrize("made", [0, 1, 3])
 def test_who_stops_before_the_end_leaves_no_thread_that_reads(here: Stream, monkeypatch: pytest.MonkeyPatch, made: int) -> None:
     """The loading processes of the next try are forked, and must not find a lock held."""
-    monkeypatch.setattr(moving, "_on_device", lambda batch, compute: time.sleep(0.05) or batch)
+    monkeypatch.setattr(moving, "_on_device", lambda batch, compute, staging: time.sleep(0.05) or batch)
     coming = moved(steps(5), GPU)
     for _ in range(made):
         next(coming)
@@ -112,7 +112,7 @@ def test_who_stops_before_the_end_leaves_no_thread_that_reads(here: Stream, monk
 
 
 def test_items_that_were_bad_travel_with_their_step_and_no_steps_are_none(here: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moving, "_on_device", lambda batch, compute: batch)
+    monkeypatch.setattr(moving, "_on_device", lambda batch, compute, staging: batch)
     bad = [("q1", UserError("broken", "mend it"))]
     (loaded,) = moved(iter([Loaded([], bad)]), GPU)
     assert (loaded.batches, loaded.bad) == ([], bad)
@@ -139,9 +139,35 @@ def test_features_that_were_lost_are_computed_by_the_thread_as_a_step_would(
         torch.device("cpu"),
     )
     got: list[torch.Tensor] = []
-    monkeypatch.setattr(moving, "_on_device", lambda batch, compute: got.append(kept.get("0" * 40)) or batch)
+    monkeypatch.setattr(moving, "_on_device", lambda batch, compute, staging: got.append(kept.get("0" * 40)) or batch)
     before = torch.get_rng_state()
     list(moved(steps(2), GPU))
     assert torch.equal(torch.get_rng_state(), before)
     assert [(one.dtype, one.requires_grad) for one in got] == [(torch.bfloat16, False)] * 2
     assert torch.equal(*got)
+
+
+class Event:
+    """Something that is over when it was waited for."""
+
+    over = False
+
+    def synchronize(self) -> None:
+        self.over = True
+
+
+def test_features_arrive_as_they_are_and_a_piece_of_memory_is_taken_again_when_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Event] = []
+    stream: Any = SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1])
+    staging = moving.Staging(torch.device("cpu"), stream)
+    sizes, pieces = [(2, 4, 8), (5, 4, 8), (1, 4, 8), (5, 4, 8), (13, 4, 8), (2, 4, 8)], []
+    sent = [torch.randn(size).to(torch.bfloat16 if at % 2 else torch.float32) for at, size in enumerate(sizes)]
+    got = []
+    for number, features in enumerate(sent):
+        got.append(staging.up(features))
+        assert [event.over for event in events] == [True] * (number - 1) + [False] * min(2, number + 1)
+        pieces.append([piece.data_ptr() for piece in staging._pieces])
+    for features, there in zip(sent, got, strict=True):
+        assert there.dtype == features.dtype
+        assert torch.equal(there, features)
+    assert pieces[2] == pieces[1] == pieces[3], "no new memory where the old is large enough"

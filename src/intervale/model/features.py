@@ -155,8 +155,7 @@ class FeatureStore:
     """Features by key, on the disk up to `disk_budget` bytes (of all entries in `folder`) and in memory up to `ram_budget`.
 
     Entries of the present run are never dropped. Threads may share one store, and processes one folder. What `get` returns may be
-    shared: it is not to be changed in place. `tell` hears of trouble, once a kind. Memory is not page-locked: locking that of 13 tiles
-    takes 12 to 18 ms, while Python stands still; copying them to the GPU unlocked 1.6 ms (bench/host_copies.py, H100).
+    shared: it is not to be changed in place. `tell` hears of trouble, once a kind.
     """
 
     def __init__(self, folder: Path | None, *, disk_budget: int = 0, ram_budget: int = 0, tell: Callable[[str], None] = print) -> None:
