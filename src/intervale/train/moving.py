@@ -19,7 +19,7 @@ from intervale.train.step import Compute
 
 class Staging:
     """Page-locked memory through which features go to the GPU. To lock every picture's own, or to copy it as it lies, would keep the thread
-    that trains from the driver for 14 or 3 ms a picture, at the start of a step (bench/host_copies.py); through this no call takes long."""
+    that trains from the driver for 11 or 3 ms a picture, at the start of a step (bench/host_copies.py); through this no call takes long."""
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
         self._device, self._stream = device, stream
