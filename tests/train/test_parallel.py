@@ -26,6 +26,7 @@ from intervale.model.adapt import newest_checkpoint
 from intervale.train import loop, parallel, steps
 from intervale.train.parallel import World
 from intervale.train.recipe import TrainRecipe
+from intervale.train.running import Loop
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed (intervale[deepspeed])")
 STRATEGIES = [
@@ -239,6 +240,34 @@ def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(
         return one_step(loop, batches)
 
     monkeypatch.setattr(steps, "of_all", gather)
+    monkeypatch.setattr(steps, "sum_values", lambda world, values: values)
+    monkeypatch.setattr(steps, "wait", lambda world: None)
+    monkeypatch.setattr(steps, "_one_step", step)
+    done = run(write_recipe(tmp_path, tiny, plates, epochs=4))
+    assert (done.status, done.exit_code, done.step) == ("stopped", 143, 3)
+
+
+def test_a_signal_between_a_question_and_what_it_leads_to_is_not_lost(
+    tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its handler may run between the reading of a name and the writing of another."""
+
+    class Interrupted(Loop):
+        def __getattribute__(self, name: str) -> Any:
+            value = super().__getattribute__(name)
+            if name == "stop" and self.progress.step == 2 and not interrupted:
+                interrupted.append(True)
+                self.stop = signal.SIGTERM
+            return value
+
+    interrupted: list[bool] = []
+    one_step = steps._one_step
+
+    def step(loop: Any, batches: Any) -> Any:
+        loop.__class__, loop.world = Interrupted, World(0, 2, torch.device("cpu"))
+        return one_step(loop, batches)
+
+    monkeypatch.setattr(steps, "of_all", lambda world, values: [(value,) for value in values])
     monkeypatch.setattr(steps, "sum_values", lambda world, values: values)
     monkeypatch.setattr(steps, "wait", lambda world: None)
     monkeypatch.setattr(steps, "_one_step", step)

@@ -2,7 +2,7 @@
 
 Promises: the same batches in the same order; what cannot be read is told where its own step would begin; on a CPU nothing happens. A
 thread does it, because features may come from the disk (0.2 GiB for eight pictures of 13 tiles). Cost: the next step's tensors are on the
-GPU a step early, where it has room, and two pictures' features a third time in the host's memory.
+GPU a step early, where it has room, and page-locked memory for the features of two pictures.
 """
 
 from __future__ import annotations

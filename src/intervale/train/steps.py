@@ -256,7 +256,8 @@ def _one_step(loop: Loop, batches: list[Batch]) -> tuple[dict[str, Any], bool] |
     loop.progress = Progress(step + 1, before.samples + int(samples), before.tokens + targets, before.seconds + seconds)
     numbers = {"loss": mean, "learning_rate": rate, "gradient_norm": norm} if targets else {}  # nothing to learn from gives no loss
     agreed = int(max(stops))  # all processes stop at the same step, whichever got the signal; one that came later counts at the next step
-    loop.stop = agreed or loop.stop
+    if agreed:
+        loop.stop = agreed
     return _entry(loop, numbers, (int(samples), targets, int(positions)), seconds), bool(agreed)
 
 
