@@ -70,28 +70,44 @@ class Engine:
 
     def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
-        self.sent.append({name: parameter.grad for name, parameter in self.model.named_parameters() if parameter.grad is not None})
+        found = {name: parameter.grad for name, parameter in self.model.named_parameters() if parameter.grad is not None}
+        for gradient in found.values():
+            gradient.view(-1)  # as DeepSpeed copies it to what it sends
+        self.sent.append(found)
         self.model.zero_grad(set_to_none=True)
 
 
 class Sums(torch.nn.Module):
-    """Two vectors that one sum learns from, so that autograd gives both the same gradient; `rare` only where the batch says so."""
+    """Two vectors that one sum learns from, so that autograd gives both the same gradient; a matrix, `flat`, whose gradient it gives
+    transposed; `rare` only where the batch says so."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two, self.rare = (torch.nn.Parameter(torch.ones(3)) for _ in range(3))
+        self.flat = torch.nn.Parameter(torch.ones(3, 2))
 
     def forward(self, batch: torch.Tensor, compute: object) -> tuple[torch.Tensor, torch.Tensor]:
-        both = self.one + self.two
+        both = self.one + self.two + (self.flat.t() * torch.tensor([[1.0], [3.0]])).sum(0)
         return (both + self.rare if batch[0] < 0 else both) * batch, batch
 
 
-@pytest.mark.parametrize(("stage", "whole", "sent"), [(1, 1 << 31, 1), (2, 1 << 31, 1), (2, 4, 3), (3, 1 << 31, 3)])
+@pytest.mark.parametrize(
+    ("version", "stage", "whole", "sent"),
+    [
+        ("0.19.8", 1, 1 << 31, 1),
+        ("0.19.8", 2, 1 << 31, 1),
+        ("0.19.8", 2, 4, 3),
+        ("0.18.3", 2, 4, 3),
+        ("0.18.2", 2, 4, 1),  # would forget the first two
+        ("0.18.2", 1, 4, 3),
+        ("0.19.8", 3, 1 << 31, 3),
+    ],
+)
 def test_a_small_gradient_is_sent_once_a_step_and_is_the_sum_of_its_passes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: int, whole: int, sent: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, stage: int, whole: int, sent: int
 ) -> None:
     engine: list[Engine] = []
-    monkeypatch.setattr(sharded, "need_deepspeed", lambda: SimpleNamespace(initialize=initialize, __version__="0.19.8"))
+    monkeypatch.setattr(sharded, "need_deepspeed", lambda: SimpleNamespace(initialize=initialize, __version__=version))
     monkeypatch.setattr(sharded, "StepModule", lambda module: module)
     monkeypatch.setattr(sharded, "make_optimizer", lambda *given: SimpleNamespace(only=lambda: None))
     monkeypatch.setattr(sharded, "trainable", lambda module: dict(module.named_parameters()))
@@ -110,9 +126,10 @@ def test_a_small_gradient_is_sent_once_a_step_and_is_the_sum_of_its_passes(
         losses, _ = zero.losses(None, batch, None, number == 2)  # type: ignore[arg-type]
         zero.backward(losses.sum(), number == 2)
     assert len(engine[0].sent) == sent
-    together = {name: sum(part[name] for part in engine[0].sent if name in part) for name in ("one", "two", "rare")}
+    together = {name: sum(part[name] for part in engine[0].sent if name in part) for name in ("one", "two", "rare", "flat")}
     for name in ("one", "two"):
         assert together[name].tolist() == [2 * 3.0, 2 * 6.0, 2 * 9.0]  # twice: the engine divides by two processes
+    assert together["flat"].tolist() == [[6.0, 18.0], [12.0, 36.0], [18.0, 54.0]]
     assert together["rare"].tolist() == [2 * -2.0, 2 * 2.0, 2 * 3.0]
 
 

@@ -168,7 +168,7 @@ def zero_settings(recipe: TrainRecipe, device: torch.device, version: str) -> di
     """DeepSpeed's configuration. Gradients are sent beside the way back where that is right: before 0.19.3 ZeRO-1 and 2 sent what was not
     all written yet (DeepSpeed's issue 8061), with compiled layers above all."""
     stage = recipe.parallel.zero_stage
-    sound = stage == 3 or tuple(int(part) for part in re.findall(r"\d+", version)[:3]) >= (0, 19, 3)
+    sound = stage == 3 or _numbers(version) >= (0, 19, 3)
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,  # the loop tells which pass is a step's last
@@ -181,6 +181,10 @@ def zero_settings(recipe: TrainRecipe, device: torch.device, version: str) -> di
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
     }
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def _spare_the_host(optimizer: Any, device: torch.device) -> None:
@@ -204,7 +208,8 @@ class Zero:
     """DeepSpeed's ZeRO: optimizer state (1), gradients too (2), parameters too (3) in parts.
 
     With 1 and 2 every process holds whole parameters, so all passes of a step but the last are made beside the engine, and gradients are
-    sent once a step instead of once a pass (where they are small: see `keeps_gradient`).
+    sent once a step instead of once a pass (where they are small: see `keeps_gradient`). ZeRO-2 sends what the last pass reaches, so every
+    pass must reach the same parameters, as `StepModule`'s do.
     """
 
     uniform = True
@@ -224,7 +229,9 @@ class Zero:
             self._module = StepModule(network.to(world.device))
             self._engine: Any = deepspeed.initialize(model=self._module, optimizer=self._inner, config=settings)[0]
         self._names = {parameter: name for name, parameter in trainable(network).items()}
-        self._keeps = keeps_gradient(sum(parameter.numel() for parameter in self._names), stage)
+        # ZeRO-2 before 0.18.3 forgets all passes of a step but the last where its caller tells which that is.
+        forgets = stage == 2 and _numbers(deepspeed.__version__) < (0, 18, 3)
+        self._keeps = forgets or keeps_gradient(sum(parameter.numel() for parameter in self._names), stage)
         if stage < 3:
             _spare_the_host(self._engine.optimizer, world.device)
 
@@ -247,8 +254,12 @@ class Zero:
         """Add this pass's gradients where the last pass will find them, without the engine's hooks hearing of it."""
         parameters = list(self._names)
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
-            if gradient is not None:  # copied: what autograd gives for one parameter may be another's too
-                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+            if gradient is None:
+                continue
+            if parameter.grad is None:  # copied: what autograd gives for one parameter may be another's too, or lie transposed
+                parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
+            else:
+                parameter.grad.add_(gradient)
 
     def clip(self, most: float) -> float:
         """Clips and steps in one; where the norm is no number DeepSpeed leaves the step out."""
