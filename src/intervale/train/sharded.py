@@ -192,12 +192,12 @@ def _spare_the_host(optimizer: Any, device: torch.device) -> None:
     norm (3 kernels a parameter) is made of all at once here, and the parameters, which are views of one buffer, are not made such views again."""
 
     def norm(gradients: Iterable[torch.Tensor], parameters: object, norm_type: float = 2.0) -> torch.Tensor:
-        """As get_grad_norm_direct: over all processes; -1 where it is no number."""
+        """As get_grad_norm_direct, over all processes; but inf or nan, not -1, of which older versions make 1, and step, where it is no number."""
         own = [gradient.detach() for gradient in gradients]
         assert norm_type == 2.0
         squares = torch.nn.utils.get_total_norm(own).square() if own else torch.zeros((), device=device)
         dist.all_reduce(squares)
-        return torch.where(squares.isfinite(), squares.sqrt(), -1.0)
+        return squares.sqrt()
 
     for name, ours in (("get_grad_norm_direct", norm), ("_update_model_bit16_weights", lambda group: None)):
         if hasattr(optimizer, name):  # of a version that calls it otherwise
