@@ -29,6 +29,8 @@ from intervale.train.recipe import TrainRecipe
 from intervale.train.state import MOMENTS, Tensors, trainable
 from intervale.train.step import Losses, batch_losses
 
+_OLDEST = (0, 18, 3)  # of DeepSpeed's versions
+
 
 class StepModule(torch.nn.Module):
     """A micro-batch's losses as one module, which is what the engines wrap.
@@ -144,6 +146,10 @@ def _whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor:
     return whole.to("cpu", copy=True)  # what was not gathered is the parameter itself, and the next step changes it
 
 
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What DeepSpeed prints goes to stderr, where everything goes that is no result; its notes stay out."""
@@ -153,7 +159,8 @@ def _quiet() -> Iterator[None]:
 
 
 def need_deepspeed() -> Any:
-    """The package. Raises: UserError with the extra's name when it is not installed."""
+    """The package. Raises: UserError with the extra's name when it is not installed, or older than the extra asks for: before 0.18.3 ZeRO-2
+    forgets all passes of a step but the last where its caller tells which that is."""
     try:
         with _quiet():
             import deepspeed
@@ -161,6 +168,11 @@ def need_deepspeed() -> Any:
         raise UserError(
             f"parallel.strategy is deepspeed, which cannot be loaded: {error}", "pip install 'intervale[deepspeed]', or use fsdp or ddp"
         ) from error
+    if _numbers(deepspeed.__version__) < _OLDEST:
+        raise UserError(
+            f"parallel.strategy is deepspeed, but DeepSpeed {deepspeed.__version__} may leave gradients out",
+            "pip install 'intervale[deepspeed]' (0.18.3 or newer), or use fsdp or ddp",
+        )
     return deepspeed
 
 
@@ -181,10 +193,6 @@ def zero_settings(recipe: TrainRecipe, device: torch.device, version: str) -> di
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1 << 60,
     }
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def _spare_the_host(optimizer: Any, device: torch.device) -> None:
@@ -229,9 +237,7 @@ class Zero:
             self._module = StepModule(network.to(world.device))
             self._engine: Any = deepspeed.initialize(model=self._module, optimizer=self._inner, config=settings)[0]
         self._names = {parameter: name for name, parameter in trainable(network).items()}
-        # ZeRO-2 before 0.18.3 forgets all passes of a step but the last where its caller tells which that is.
-        forgets = stage == 2 and _numbers(deepspeed.__version__) < (0, 18, 3)
-        self._keeps = forgets or keeps_gradient(sum(parameter.numel() for parameter in self._names), stage)
+        self._keeps = keeps_gradient(sum(parameter.numel() for parameter in self._names), stage)
         if stage < 3:
             _spare_the_host(self._engine.optimizer, world.device)
 
