@@ -1,7 +1,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from conftest import run_command
 from foodie_fixture import write_foodieqa
@@ -77,6 +79,26 @@ def test_an_output_that_exists_is_never_touched(source: Path, tmp_path: Path, mo
 @pytest.mark.parametrize("fraction", ["0", "1", "-0.1", "nan"])
 def test_a_fraction_that_is_none_is_a_usage_error(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fraction: str) -> None:
     assert run_command(monkeypatch, "prepare", "foodieqa", source, tmp_path / "out", "--eval-fraction", fraction) == 2
+
+
+def test_what_a_drawn_split_keeps_apart_is_told_as_it_is(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dishes only where items name theirs."""
+    items = []
+    for seed, name in enumerate(("one", "two")):
+        noise = np.random.default_rng(seed).integers(0, 255, (9, 9, 3), np.uint8)
+        Image.fromarray(noise).resize((90, 90)).save(tmp_path / f"{name}.png")
+        talk = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}]
+        items.append({"image": f"{name}.png", "conversations": talk})
+    (tmp_path / "data.json").write_text(json.dumps(items))
+    words = ["--eval-fraction", "0.5"]
+    for apart, given in (
+        ("no picture, no dish and no question", ["foodieqa", source, tmp_path / "named", *words]),
+        ("no picture and no question", ["llava", tmp_path / "data.json", tmp_path / "plain", "--image-root", tmp_path, *words]),
+    ):
+        assert run_command(monkeypatch, "prepare", *given) == 0
+        assert f": {apart} without a picture is on both sides (" in capsys.readouterr().out
 
 
 def test_llava_and_messages_are_prepared(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ def test_on_and_off_are_words(tmp_path: Path) -> None:
         (BASE + "train: {learnig_rate: 1}\n", "did you mean 'learning_rate'"),
         (BASE + "lerning_rate: 1\n", "unknown key 'lerning_rate'"),
         (BASE + "batch_size: 4\n", "did you mean 'train.batch_size'"),
+        ("model: m\ndata: {train: [{path: a.jsonl}, {path: b.jsonl, wieght: 2}]}\n", "'data.train.1.wieght' (did you mean 'weight'?)"),
         (BASE + "train: {epochs: '3'}\n", "train.epochs"),
         (BASE + "train: {epochs: 0}\n", "train.epochs"),
         (BASE + "train: {learning_rate: .nan}\n", "train.learning_rate"),

@@ -232,6 +232,7 @@ def test_dry_run_counts_the_processes_that_the_recipe_starts(tmp_path: Path, tin
     said: list[str] = []
     run(write_recipe(tmp_path, tiny, plates), "parallel.strategy=ddp", "parallel.processes=2", dry_run=True, said=said)
     assert "steps: 2" in said  # 8 items, 2 x 2 x 2 a step, 2 epochs
+    assert any(line.startswith("memory, estimated for each of 2 processes (ddp): ") for line in said)
 
 
 def test_dry_run_tells_what_one_of_several_processes_holds(
@@ -457,6 +458,30 @@ def test_an_item_too_long_that_no_sample_showed_stops_the_run_by_name(
     monkeypatch.setattr(measured, "measure_all", lambda records, *more: [measured.Size(100, 10, 1)] * len(records))
     with pytest.raises(UserError, match=r"train\.jsonl:\d.*tokens long.*data\.max_length is 40"):
         run(write_recipe(tmp_path, tiny, plates), "data.max_length=40", "data.index=on", "data.eval=null")
+
+
+def test_a_fault_of_an_archive_is_told_once_and_sent_to_no_command_that_cannot_read_it(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few items are in the sample and among the longest."""
+    from test_corpus import write_tar
+
+    from intervale.core.records import read_records
+
+    monkeypatch.setenv("INTERVALE_CACHE", str(tmp_path / "cache"))
+    records = read_records(draw_plates(tmp_path, 4))
+    draw_plates(tmp_path, 2, "eval.jsonl", seed=1)
+    for record in records[:2]:
+        (tmp_path / record.images[0]).write_bytes(b"no picture")
+    path = write_recipe(tmp_path, tiny, tmp_path)
+    write_tar(tmp_path / "0.tar", records)
+    with pytest.raises(UserError, match=r"^2 items cannot be trained on:") as caught:
+        run(path, f"data.train={tmp_path}/0.tar")
+    assert len(caught.value.what.splitlines()) == 3
+    assert "intervale check" not in caught.value.fix
+    with pytest.raises(UserError, match=r"^2 items cannot be trained on:") as caught:
+        run(path)
+    assert caught.value.fix.endswith("`intervale check` lists them all")
 
 
 def test_layers_that_cannot_be_compiled_are_told_before_a_run_or_walked_as_they_are(

@@ -168,11 +168,12 @@ def _write(reading: Reading, out: Path, fraction: float | None, otherwise: float
         result(safe(_own_split(split, without_picture)))
     else:
         share, asked = split["eval_fraction"], split["eval_fraction_asked"]
+        dishes = (", no dish", "、菜品") if split["kept_apart"] else ("", "")
         result(
             say(
-                f"held out {share:.1%} (asked: {asked:.1%}), seed {seed}: no picture, no dish and no question without a picture is on both sides "
+                f"held out {share:.1%} (asked: {asked:.1%}), seed {seed}: no picture{dishes[0]} and no question without a picture is on both sides "
                 f"({split['tied_groups']} groups, the largest of {split['largest_group']} items)",
-                f"留出 {share:.1%}（要求 {asked:.1%}），种子 {seed}：两边没有相同的图片、菜品或无图问题"
+                f"留出 {share:.1%}（要求 {asked:.1%}），种子 {seed}：两边没有相同的图片{dishes[1]}或无图问题"
                 f"（共 {split['tied_groups']} 组，最大一组 {split['largest_group']} 条）",
             )
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -102,9 +102,15 @@ def _set(raw: dict[str, Any], override: str) -> None:
 def _fields_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     current: Any = model
     for part in location:
-        field = getattr(current, "model_fields", {}).get(part)
-        current = field.annotation if field else None
+        if not isinstance(part, int):  # an item of a list has the fields of every other
+            field = getattr(current, "model_fields", {}).get(part)
+            current = next(iter(_models_in(field.annotation)), None) if field else None
     return list(getattr(current, "model_fields", {}))
+
+
+def _models_in(kind: Any) -> list[Any]:
+    """The sections that a key may hold: itself, or those in a list or a choice."""
+    return [kind] if hasattr(kind, "model_fields") else [found for inner in get_args(kind) for found in _models_in(inner)]
 
 
 _KINDS = ("str", "bool", "int", "float")

@@ -95,7 +95,7 @@ def write_json(path: Path, value: Any) -> None:
 def refuse_existing(dst: Path) -> None:
     """Raise a UserError when `dst` holds something: nothing is ever overwritten silently."""
     if dst.is_symlink() or dst.is_file() or (dst.is_dir() and any(dst.iterdir())):
-        raise UserError(f"{dst} already exists and is not empty", "choose another folder, or remove this one first")
+        raise UserError(f"{dst} already exists and is not empty", "choose another place, or remove this one first")
 
 
 def set_aside(folder: Path) -> Path:

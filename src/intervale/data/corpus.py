@@ -277,7 +277,8 @@ def open_corpus(specs: Sequence[SourceSpec], index: str, tell: Callable[[str], N
         sources.append(_Source(tuple(files), None, indexes, _share(spec, count), digest))
         tell(
             say(
-                f"indexed: {count:,} items in {len(files)} files ({spec.path})", f"已索引：{len(files)} 个文件，{count:,} 条（{spec.path}）"
+                f"indexed: {count:,} items in {len(files)} file{'s' * (len(files) != 1)} ({spec.path})",
+                f"已索引：{len(files)} 个文件，{count:,} 条（{spec.path}）",
             )
         )
     return Corpus(sources, [spec.weight for spec in specs])

@@ -28,6 +28,9 @@ class PictureError(UserError):
     """A picture that cannot be used: what `on_bad_sample: skip` may leave out."""
 
 
+_CUT = ("the picture is damaged or cut short", "replace the file; it does not decode to its end")
+
+
 def max_pixels() -> int:
     """The limit in force: `INTERVALE_MAX_PIXELS`, else 40 megapixels."""
     raw = os.environ.get("INTERVALE_MAX_PIXELS", "")
@@ -55,6 +58,8 @@ def _open(source: Path | bytes, where: str) -> Image.Image:
     except FileNotFoundError as error:
         raise PictureError(f"{where}: no such picture", "check the path (in a data file it starts from the file's folder)") from error
     except Exception as error:
+        if _begins_as_webp(source):  # Pillow decodes these when it opens them
+            raise PictureError(f"{where}: {_CUT[0]}", _CUT[1]) from error
         empty = (len(source) if isinstance(source, bytes) else _size(source)) == 0
         raise PictureError(f"{where}: {'the file is empty' if empty else 'not a picture that can be read'}", known) from error
     width, height = picture.size
@@ -74,6 +79,18 @@ def _stored(path: Path, where: str) -> bytes:
         raise PictureError(
             f"{where}: cannot be read from its archive: {error.strerror}", "restore the archive, or remove its index"
         ) from error
+
+
+def _begins_as_webp(source: Path | bytes) -> bool:
+    try:
+        if isinstance(source, bytes):
+            head = source[:12]
+        else:
+            with source.open("rb") as file:
+                head = file.read(12)
+    except OSError:
+        return False
+    return head[:4] == b"RIFF" and head[8:] == b"WEBP"
 
 
 def _size(path: Path) -> int:
@@ -101,9 +118,7 @@ def load_picture(source: Path | bytes, where: str = "", *, rough: int | None = N
             # The official code drops alpha this way; converting before any processor keeps the pixels equal to its own.
             return upright.convert("RGB")
         except Exception as error:
-            raise PictureError(
-                f"{where}: the picture is damaged or cut short", "replace the file; it does not decode to its end"
-            ) from error
+            raise PictureError(f"{where}: {_CUT[0]}", _CUT[1]) from error
 
 
 def picture_size(source: Path | bytes, where: str = "") -> tuple[int, int]:

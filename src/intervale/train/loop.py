@@ -127,6 +127,10 @@ def _dry_run(job: Job, world: World) -> Outcome:
         f"{amount / GIB:.2f} GiB" for amount in (whole, cost.weights, cost.optimizer, held, cost.checkpoint, room)
     )
     packs, name, features = in_words(fit, job.recipe), str(dtype).removeprefix("torch."), told(plan_of(job, network, dtype, job.processes))
+    each = ("", "")
+    if job.processes > 1:
+        strategy = job.recipe.parallel.strategy
+        each = (f" for each of {job.processes} processes ({strategy})", f"，{job.processes} 个进程（{strategy}）中的每个")
     lines = [
         _describe(job, total),
         say(f"steps: {total}", f"步数：{total}"),
@@ -139,9 +143,9 @@ def _dry_run(job: Job, world: World) -> Outcome:
             f"参数：{cost.parameters:,} 个，其中训练 {cost.trainable:,} 个（{share:.2%}）",
         ),
         say(
-            f"memory, estimated: {total_gib} = weights {weights} + gradients and optimizer {states} + activations {activations} ({packs}); "
+            f"memory, estimated{each[0]}: {total_gib} = weights {weights} + gradients and optimizer {states} + activations {activations} ({packs}); "
             f"free on {world.device}: {free}",
-            f"内存（估计）：{total_gib} = 权重 {weights} + 梯度和优化器 {states} + 激活 {activations}（{packs}）；{world.device} 空闲 {free}",
+            f"内存（估计{each[1]}）：{total_gib} = 权重 {weights} + 梯度和优化器 {states} + 激活 {activations}（{packs}）；{world.device} 空闲 {free}",
         ),
         say(f"disk: {checkpoint} a checkpoint, {_kept(job, total)} kept", f"磁盘：每个检查点 {checkpoint}，保留 {_kept(job, total)} 个"),
         say(f"precision: {name}; features: {features}", f"精度：{name}；图像特征：{features}"),
