@@ -222,27 +222,35 @@ def test_who_ends_by_an_error_does_not_wait_for_the_others_to_close_the_connecti
     assert connection.told == ["closed"]
 
 
+def as_one_of_two(monkeypatch: pytest.MonkeyPatch, kind: type[Loop] = Loop) -> list[Any]:
+    """The run's steps take it for one of two processes, of which the other has nothing to say; the loop at each step so far."""
+    seen: list[Any] = []
+    one_step = steps._one_step
+
+    def step(loop: Any, batches: Any) -> Any:
+        seen.append(loop)
+        loop.__class__, loop.world = kind, World(0, 2, torch.device("cpu"))
+        return one_step(loop, batches)
+
+    monkeypatch.setattr(steps, "of_all", lambda world, values: [(value,) for value in values])
+    monkeypatch.setattr(steps, "sum_values", lambda world, values: values)
+    monkeypatch.setattr(steps, "wait", lambda world: None)
+    monkeypatch.setattr(steps, "_one_step", step)
+    return seen
+
+
 def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(
     tmp_path: Path, tiny: Path, plates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It counts at the step after the one in whose numbers it was not."""
-    given: list[Any] = []
-    one_step = steps._one_step
+    seen = as_one_of_two(monkeypatch)
 
     def gather(world: World, values: list[float]) -> list[tuple[float, ...]]:
-        if len(values) == 4 and given[0].progress.step == 1:
-            given[0].stop = signal.SIGTERM  # the handler runs while the others are waited for
+        if len(values) == 4 and seen[0].progress.step == 1:
+            seen[0].stop = signal.SIGTERM  # the handler runs while the others are waited for
         return [(value,) for value in values]
 
-    def step(loop: Any, batches: Any) -> Any:
-        given.append(loop)
-        loop.world = World(0, 2, torch.device("cpu"))
-        return one_step(loop, batches)
-
     monkeypatch.setattr(steps, "of_all", gather)
-    monkeypatch.setattr(steps, "sum_values", lambda world, values: values)
-    monkeypatch.setattr(steps, "wait", lambda world: None)
-    monkeypatch.setattr(steps, "_one_step", step)
     done = run(write_recipe(tmp_path, tiny, plates, epochs=4))
     assert (done.status, done.exit_code, done.step) == ("stopped", 143, 3)
 
@@ -261,16 +269,7 @@ def test_a_signal_between_a_question_and_what_it_leads_to_is_not_lost(
             return value
 
     interrupted: list[bool] = []
-    one_step = steps._one_step
-
-    def step(loop: Any, batches: Any) -> Any:
-        loop.__class__, loop.world = Interrupted, World(0, 2, torch.device("cpu"))
-        return one_step(loop, batches)
-
-    monkeypatch.setattr(steps, "of_all", lambda world, values: [(value,) for value in values])
-    monkeypatch.setattr(steps, "sum_values", lambda world, values: values)
-    monkeypatch.setattr(steps, "wait", lambda world: None)
-    monkeypatch.setattr(steps, "_one_step", step)
+    as_one_of_two(monkeypatch, Interrupted)
     done = run(write_recipe(tmp_path, tiny, plates, epochs=4))
     assert (done.status, done.exit_code, done.step) == ("stopped", 143, 3)
 
