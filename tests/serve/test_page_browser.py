@@ -98,6 +98,7 @@ def test_an_answer_streams_stops_comes_again_and_is_cleared(opened: Any, slow: t
     idle(page)
     assert freed(page, desk)
     assert long not in bots(page).inner_text()
+    page.eval_on_selector('#iv-chat [data-testid="status-tracker"]', "one => one.classList.remove('hide')")  # Gradio's cover over the talk
     page.click("#iv-chat button[title=Retry]")
     expect(bots(page)).not_to_contain_text("■", timeout=WAIT)
     expect(bots(page)).to_contain_text("ab", timeout=WAIT)
