@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     given = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device here, and nothing to copy to")
     matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     stream, kept = torch.cuda.Stream(), list[torch.Tensor]()
     plain, locked, staging = fresh(False), fresh(True), Staging(torch.device("cuda"), stream)

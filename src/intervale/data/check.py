@@ -18,6 +18,7 @@ from intervale.core.records import Record, parse_record
 from intervale.data.formats import Fault, fault_of
 from intervale.data.prompt import Prompt, Template, Tokenizer, encode_turns, turns_of
 from intervale.data.split import Look, look_at, question_key, tag_value, tag_values
+from intervale.data.stored import ARCHIVES
 from intervale.data.tiling import Tiling
 
 _BOM = b"\xef\xbb\xbf"
@@ -128,7 +129,7 @@ def read_data(path: Path) -> list[Line]:
     """Every line of a JSONL file that is not blank. Raises: UserError when the file cannot be read at all."""
     if path.is_dir():
         raise UserError(f"{path} is a folder", f"name the file, for example {path / 'train.jsonl'}")
-    if path.suffix in (".tar", ".parquet"):
+    if path.suffix in ARCHIVES:
         raise UserError(
             f"{path}: an archive, not lines of text", "`intervale train RECIPE --dry-run` reads its index and stops at the first fault"
         )

@@ -24,7 +24,7 @@ from intervale.core.lang import say
 from intervale.core.records import Record, data_digest, read_records
 from intervale.data.index import Index, open_index
 from intervale.data.order import Order, Part
-from intervale.data.stored import GROUPS_KEPT
+from intervale.data.stored import ARCHIVES, GROUPS_KEPT
 
 READ_AT_MOST = 64 << 20  # bytes of JSONL that are read as a whole when nobody says
 _BLOCK_GUESS = 64 << 20  # bytes of a parquet row group, if its file says nothing better
@@ -249,11 +249,7 @@ def _files(spec: str) -> list[Path]:
 
 def reads_whole(files: Sequence[Path]) -> bool:
     """Are these read as a whole when nobody says otherwise: one JSONL file of at most READ_AT_MOST bytes?"""
-    return (
-        len(files) == 1
-        and files[0].suffix not in (".tar", ".parquet")
-        and (not files[0].exists() or files[0].stat().st_size <= READ_AT_MOST)
-    )
+    return len(files) == 1 and files[0].suffix not in ARCHIVES and (not files[0].exists() or files[0].stat().st_size <= READ_AT_MOST)
 
 
 def open_corpus(specs: Sequence[SourceSpec], index: str, tell: Callable[[str], None], cache: Path | None = None) -> Corpus:
@@ -263,7 +259,7 @@ def open_corpus(specs: Sequence[SourceSpec], index: str, tell: Callable[[str], N
     for spec in specs:
         files = _files(spec.path)
         whole = index == "off" or (index == "auto" and reads_whole(files))
-        if whole and any(file.suffix in (".tar", ".parquet") for file in files):
+        if whole and any(file.suffix in ARCHIVES for file in files):
             raise UserError(f"{spec.path}: an archive is read through its index", "set data.index to auto")
         if whole:
             records: list[Record] = []

@@ -26,6 +26,7 @@ from intervale.core.errors import UserError
 from intervale.core.files import disk_errors, parse_json, read_object, staged_folder, write_json
 from intervale.core.records import IMAGE, Record, parse_record
 from intervale.core.spread import stream
+from intervale.data.stored import ARCHIVES
 
 VERSION = 1
 META, ITEMS, RECORDS = "meta.json", "items.bin", "records.jsonl"
@@ -277,7 +278,7 @@ def _build(path: Path, folder: Path, state: dict[str, Any]) -> dict[str, Any]:
     with staged_folder(folder) as aside:
         blocks: tuple[int, ...] = ()
         lines = path
-        if path.suffix in (".tar", ".parquet"):
+        if path.suffix in ARCHIVES:
             lines = aside / RECORDS
             blocks = write_records(path, lines)
         _scan_all(lines, str(path), aside / ITEMS)

@@ -17,6 +17,7 @@ from typing import Any
 
 from intervale.core.errors import UserError
 
+ARCHIVES = (".tar", ".parquet")  # files of items that are no lines of text
 GROUPS_KEPT = 512 << 20  # bytes of parquet pictures a process keeps
 _IN_TAR = re.compile(r"(.+)/@(\d+)\+(\d+)/[^/]*")
 _IN_PARQUET = re.compile(r"(.+)/@g(\d+)r(\d+)k(\d+)/[^/]*")

@@ -322,11 +322,11 @@ def encode_pictures(
         distinct.setdefault(key, Picture(key, path, sha, named[path]))
     mine = list(distinct.values())[share[0] :: share[1]]  # before looking into the store, which the others are filling
     todo = [picture for picture in mine if picture.key not in store]
-    of_all = (f" (this process's of {len(distinct)})", f"（共 {len(distinct)} 张，此为本进程的部分）") if share[1] > 1 else ("", "")
+    whose = (f" (this process's of {len(distinct)})", f"（共 {len(distinct)} 张，此为本进程的部分）") if share[1] > 1 else ("", "")
     tell(
         say(
-            f"features: {len(mine)} pictures{of_all[0]}, {len(mine) - len(todo)} of them kept already",
-            f"特征：{len(mine)} 张图片{of_all[1]}，其中 {len(mine) - len(todo)} 张已有缓存",
+            f"features: {len(mine)} pictures{whose[0]}, {len(mine) - len(todo)} of them kept already",
+            f"特征：{len(mine)} 张图片{whose[1]}，其中 {len(mine) - len(todo)} 张已有缓存",
         )
     )
     compiled = compile and device.type == "cuda"

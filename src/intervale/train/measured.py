@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from intervale.core.spread import spread
 from intervale.data.corpus import Corpus
 from intervale.data.dataset import Size, measure
 from intervale.data.images import PictureError
+from intervale.data.stored import ARCHIVES
 from intervale.model.load import TextSide
 
 _SAMPLE, _EXTREME = 512, 64  # items: evenly spread, and of each kind of longest
@@ -41,7 +43,7 @@ def measure_all(records: Sequence[Record], side: TextSide, max_length: int, skip
         if len(told) == 1:
             raise faults[0]
         shown = "\n  ".join(told[:10])
-        archived = any(".tar:" in record.where or ".parquet:" in record.where for record in records)  # `check` reads lines of text
+        archived = any(Path(record.where.rpartition(":")[0]).suffix in ARCHIVES for record in records)  # `check` reads lines of text
         listed = "" if archived else "; `intervale check` lists them all"
         raise UserError(f"{len(told)} items cannot be trained on:\n  {shown}", f"{faults[0].fix}{listed}")
     return sizes
